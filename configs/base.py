@@ -1,0 +1,71 @@
+"""Defaults of every method; an experiment's file changes only what differs.
+
+Configs are data: they import nothing but `ml_collections` and this module.
+"""
+
+from ml_collections import config_dict
+
+
+def pretrain() -> config_dict.ConfigDict:
+  """The small foundation models of a world: CLIP, Stable Diffusion and a judge."""
+  return config_dict.create(
+      method="pretrain",
+      seed=0,
+      stages=("tokenizer", "vae", "clip", "judge", "sd", "export"),
+      corpus=dict(name="scenes", folder="", images=60_000, mixup=0.45, target_share=0.5),
+      tokenizer=dict(length=16),
+      vae=dict(
+          model=dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=32,
+                     block_out_channels=(8, 32, 64), layers_per_block=1, norm_num_groups=8, act_fn="silu",
+                     down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3),
+          kl=1e-3,
+          training=dict(steps=2000, batch=32, learning_rate=2e-3, weight_decay=0.0, average=0.995)),
+      clip=dict(
+          projection_dim=64,
+          text=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                    hidden_act="quick_gelu"),
+          vision=dict(hidden_size=112, intermediate_size=448, num_hidden_layers=4, num_attention_heads=4,
+                      image_size=32, patch_size=4, hidden_act="quick_gelu"),
+          training=dict(steps=1200, batch=128, learning_rate=1e-3, weight_decay=0.1, average=0.995)),
+      judge=dict(
+          model=dict(heads={}, pairs=(), width=24, blocks=3),
+          training=dict(steps=800, batch=128, learning_rate=2e-3, weight_decay=0.01, average=0.99)),
+      sd=dict(
+          drop=0.1,
+          text=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                    hidden_act="quick_gelu"),
+          unet=dict(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(64, 88), layers_per_block=1,
+                    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                    attention_head_dim=2, norm_num_groups=8),
+          scheduler=dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
+                         beta_end=0.012, num_train_timesteps=1000, prediction_type="v_prediction",
+                         clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
+          training=dict(steps=5000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
+      export=dict(folder=""),
+  )
+
+
+def dig_zsl() -> config_dict.ConfigDict:
+  """DIG-ZSL at the size of the small worlds."""
+  return config_dict.create(
+      method="dig_zsl",
+      seed=0,
+      stages=("cdm", "tokens", "generate", "classifier", "evaluate", "report"),
+      data=dict(name="scenes", world=0, train_per_class=60, test_per_class=40, seed=0),
+      models=dict(clip="embedded:scenes/clip", sd="embedded:scenes/sd", judge="embedded:scenes/judge",
+                  prototype_template="a photo of a {name}"),
+      mesh=dict(devices=0),
+      cdm=dict(encoder="clip", kind="residual", hidden=256, temperature=0.05, steps=600, batch=256,
+               learning_rate=1e-3, weight_decay=0.0),
+      tokens=dict(
+          template="a photo of {token} {name}", initial="a",
+          gradient="x0", sampler="ddim", steps=4, grad_calls=0, x0_timestep=600, guidance=4.0,
+          stop_unconditional=True, images=4, learning_rate=0.03, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
+          noise_period=1, stop_accuracy=1.0, patience=15, max_updates=40,
+          slots=12, slots_per_body=12, check_every=10, remat=False),
+      generate=dict(images=32, sampler="dpm++", steps=12, guidance=4.0, batch=64),
+      classifier=dict(features="all", hidden=0, images=32, steps=300, learning_rate=0.01, weight_decay=1e-4),
+      evaluate=dict(lambdas=101),
+      report=dict(images_per_class=8, thumbnail=48, published=()),
+  )

@@ -1,0 +1,15 @@
+"""The foundation models of the Fashion-MNIST world, trained on captions of the official training images.
+
+Command: python -m digzsl_jax.main --config=configs/pretrain_fashion_mnist.py --workdir=runs/pretrain_fashion_mnist
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.pretrain()
+  config.corpus.name = "fashion_mnist"
+  config.judge.model.heads = dict(
+      kind=("tee", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"))
+  config.judge.model.pairs = (("pullover", "coat", "shirt"), ("tee", "dress"), ("sandal", "sneaker", "boot"))
+  return config

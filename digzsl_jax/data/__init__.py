@@ -1,0 +1,1 @@
+"""Data sets, splits, prompts and pictures; knows no model and no jax."""

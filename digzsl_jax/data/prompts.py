@@ -1,0 +1,55 @@
+"""Prompts: templates such as "a photo of a {name}" or "a photo of {token} {name}", and class names."""
+
+import string
+from collections.abc import Iterable
+
+
+def prompt(template: str, name: str, token: str | None = None) -> str:
+  """The template with class name and, for a token template, the token's placeholder filled in.
+
+  Raises:
+    ValueError: as `check_template`; an empty name.
+  """
+  check_template(template, token=token is not None)
+  spelled = class_name(name)
+  return template.format(name=spelled) if token is None else template.format(name=spelled, token=token)
+
+
+def prompts(template: str, names: Iterable[str], token: str | None = None) -> list[str]:
+  """`prompt` of each name, in order."""
+  return [prompt(template, name, token) for name in names]
+
+
+def class_name(raw: str) -> str:
+  """A name as one writes it in a sentence: underscores become spaces, runs of spaces one.
+
+  Raises:
+    ValueError: nothing is left.
+  """
+  name = " ".join(raw.replace("_", " ").split())
+  if not name:
+    raise ValueError(f"class name {raw!r} is empty; give every class a name in words")
+  return name
+
+
+def check_template(template: str, *, token: bool = False) -> None:
+  """Checks that a template has exactly the fields it needs, each once.
+
+  Args:
+    template: text with {name} and, if `token`, {token}.
+    token: whether it is a template for class tokens.
+
+  Raises:
+    ValueError: a field is missing, unknown or repeated, or braces do not match.
+  """
+  needed = ["name", "token"] if token else ["name"]
+  try:
+    found = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+  except ValueError as error:
+    raise ValueError(f'prompt template "{template}": {error}; braces enclose only {{name}} or '
+                     "{token}") from error
+  if sorted(found) != needed:
+    wanted = " and ".join(f"{{{field}}}" for field in needed)
+    has = ", ".join(f"{{{field}}}" for field in found) or "no field"
+    raise ValueError(f'prompt template "{template}" must contain {wanted} once each and nothing else in '
+                     f"braces; it has {has}")

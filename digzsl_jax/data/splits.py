@@ -1,0 +1,211 @@
+"""Data sets split by class: what is seen, what is unseen, and which classes settings are chosen on.
+
+Shapes: n image, h w pixel, c colour channel (RGB).
+"""
+
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+
+class LabelledImages(NamedTuple):
+  images_nhwc: np.ndarray  # uint8
+  labels_n: np.ndarray  # int32, positions in `Dataset.names`
+
+  def take(self, rows) -> "LabelledImages":
+    return LabelledImages(self.images_nhwc[rows], self.labels_n[rows])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A zero-shot data set.
+
+  Attributes:
+    name: for reports.
+    names: all class names; a label is a position in it. May hold classes that no list uses.
+    seen: labels with training images.
+    unseen: labels known by name alone.
+    validation: the seen labels that play unseen while settings are chosen.
+    train: real images of seen classes.
+    test_seen: held-out images of seen classes.
+    test_unseen: held-out images of unseen classes.
+    real_unseen: real training images of unseen classes, for the "real_images" upper bound and nothing
+      else; None where there are none.
+
+  Raises:
+    ValueError: lists that overlap, repeat or name no class, a validation list that leaves fewer than two
+      seen classes, and image sets that are empty, misshapen, or lack or exceed the classes of their list.
+  """
+  name: str
+  names: tuple[str, ...]
+  seen: tuple[int, ...]
+  unseen: tuple[int, ...]
+  validation: tuple[int, ...]
+  train: LabelledImages
+  test_seen: LabelledImages
+  test_unseen: LabelledImages
+  real_unseen: LabelledImages | None = None
+
+  def __post_init__(self):
+    self._check_lists()
+    _check_images(self, (("train", self.seen), ("test_seen", self.seen), ("test_unseen", self.unseen),
+                         ("real_unseen", self.unseen)))
+
+  def _check_lists(self):
+    if len(set(self.names)) < len(self.names):
+      repeated = sorted({n for n in self.names if self.names.count(n) > 1})
+      raise ValueError(f"{self.name}: class names must differ, but these repeat: {', '.join(repeated)}")
+    for field in ("seen", "unseen", "validation"):
+      labels = getattr(self, field)
+      if not labels:
+        raise ValueError(f"{self.name}: the list of {field} classes is empty")
+      if len(set(labels)) < len(labels):
+        raise ValueError(f"{self.name}: the list of {field} classes repeats a class")
+      wrong = [label for label in labels if not 0 <= label < len(self.names)]
+      if wrong:
+        raise ValueError(f"{self.name}: {field} holds label {wrong[0]}, but labels go from 0 to "
+                         f"{len(self.names) - 1}, the positions of the class names")
+    both = set(self.seen) & set(self.unseen)
+    if both:
+      raise ValueError(f"{self.name}: classes both seen and unseen: {_spell(self.names, both)}; "
+                       "every class belongs to one list")
+    strange = set(self.validation) - set(self.seen)
+    if strange:
+      raise ValueError(f"{self.name}: validation classes that are not seen: {_spell(self.names, strange)}; "
+                       "choose validation classes from the seen list")
+    if len(self.seen) - len(self.validation) < 2:
+      raise ValueError(f"{self.name}: {len(self.validation)} of {len(self.seen)} seen classes are for "
+                       "validation, which leaves fewer than two to train on; choose fewer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """One zero-shot problem, the real one or its stand-in: what runs work on. Fields as in `Dataset`."""
+  name: str
+  seen: tuple[int, ...]
+  unseen: tuple[int, ...]
+  train: LabelledImages
+  test_seen: LabelledImages
+  test_unseen: LabelledImages
+  real_unseen: LabelledImages | None
+
+
+def tasks(dataset: Dataset) -> dict[str, Task]:
+  """The "test" task, and the "validation" task on which settings are chosen.
+
+  Validation sees training images of seen classes alone. Its unseen classes are `dataset.validation`; of
+  each remaining class every fourth image (in file order) is held out for its `test_seen`; of each
+  validation class every second is `test_unseen` and the others `real_unseen`.
+
+  Raises:
+    ValueError: a class with too few training images to divide.
+  """
+  labels_n = dataset.train.labels_n
+  rank_n = _rank(labels_n)
+  pseudo_n = np.isin(labels_n, dataset.validation)
+  held_n = rank_n % np.where(pseudo_n, 2, 4) == 1
+  counts = np.bincount(labels_n, minlength=len(dataset.names))
+  few = [label for label in dataset.seen if counts[label] < 2]
+  if few:
+    raise ValueError(f"{dataset.name}: the validation task needs 2 or more training images a class, but "
+                     f"these have fewer: {_spell(dataset.names, few)}")
+  take = dataset.train.take
+  return {
+    "test": Task("test", dataset.seen, dataset.unseen, dataset.train, dataset.test_seen,
+                 dataset.test_unseen, dataset.real_unseen),
+    "validation": Task("validation", tuple(k for k in dataset.seen if k not in dataset.validation),
+                       dataset.validation, take(~pseudo_n & ~held_n), take(~pseudo_n & held_n),
+                       take(pseudo_n & held_n), take(pseudo_n & ~held_n)),
+  }
+
+
+def fingerprint(dataset: Dataset) -> str:
+  """SHA-256 (hex) of everything in the data set: names, lists, labels and image bytes."""
+  digest = hashlib.sha256()
+  for field in dataclasses.fields(dataset):
+    value = getattr(dataset, field.name)
+    digest.update(f"\0{field.name}\0".encode())
+    if isinstance(value, LabelledImages):
+      digest.update(repr(value.images_nhwc.shape).encode())
+      digest.update(np.ascontiguousarray(value.images_nhwc))
+      digest.update(np.ascontiguousarray(value.labels_n, dtype="<i4"))
+    else:
+      digest.update(repr(value).encode())
+  return digest.hexdigest()
+
+
+def summary(dataset: Dataset) -> str:
+  """A few lines of counts, for logs."""
+  def images(field: str) -> str:
+    chosen = getattr(dataset, field)
+    return f"  {field}: none" if chosen is None else f"  {field}: {len(chosen.labels_n)} images"
+
+  height, width = dataset.train.images_nhwc.shape[1:3]
+  return "\n".join([
+    f"{dataset.name}: {len(dataset.seen)} seen classes ({len(dataset.validation)} of them for validation), "
+    f"{len(dataset.unseen)} unseen, {height}x{width} pixels",
+    *map(images, ("train", "test_seen", "test_unseen", "real_unseen")),
+    f"  unseen: {_spell(dataset.names, dataset.unseen)}",
+    f"  validation: {_spell(dataset.names, dataset.validation)}"])
+
+
+def load(settings: Mapping) -> Dataset:
+  """The data set `settings["name"]`, "scenes" or "fashion_mnist"; the other settings go to its `load`.
+
+  Raises:
+    ValueError: an unknown name or setting.
+  """
+  from digzsl_jax.data import fashion_mnist, scenes  # they import this module
+  loaders = {"scenes": scenes.load, "fashion_mnist": fashion_mnist.load}
+  arguments = dict(settings)
+  name = arguments.pop("name", None)
+  if name not in loaders:
+    raise ValueError(f'data set name is "{name}": choose one of {", ".join(loaders)}')
+  known = inspect.signature(loaders[name]).parameters
+  unknown = [key for key in arguments if key not in known]
+  if unknown:
+    raise ValueError(f'data set {name} has no setting "{unknown[0]}"; it has {", ".join(known)}')
+  return loaders[name](**arguments)
+
+
+def _check_images(dataset: Dataset, sets) -> None:
+  for field, classes in sets:
+    chosen = getattr(dataset, field)
+    if chosen is None and field == "real_unseen":
+      continue
+    images_nhwc, labels_n = chosen
+    if images_nhwc.ndim != 4 or images_nhwc.shape[-1] != 3 or images_nhwc.dtype != np.uint8:
+      raise ValueError(f"{dataset.name}: {field} images must be uint8 [n, h, w, 3], not "
+                       f"{images_nhwc.dtype} {list(images_nhwc.shape)}")
+    if labels_n.dtype != np.int32 or labels_n.shape != images_nhwc.shape[:1]:
+      raise ValueError(f"{dataset.name}: {field} has {len(images_nhwc)} images, so its labels must be int32 "
+                       f"[{len(images_nhwc)}], not {labels_n.dtype} {list(labels_n.shape)}")
+    if not len(labels_n):
+      raise ValueError(f"{dataset.name}: {field} has no images")
+    found = set(np.unique(labels_n).tolist())
+    if found - set(classes):
+      wrong = found - set(classes)
+      named = {k for k in wrong if 0 <= k < len(dataset.names)}
+      raise ValueError(f"{dataset.name}: {field} has images of classes outside its list: "
+                       f"{_spell(dataset.names, named) if named else sorted(wrong)}")
+    if set(classes) - found:
+      missing = _spell(dataset.names, set(classes) - found)
+      raise ValueError(f"{dataset.name}: {field} has no image of {missing}")
+
+
+def _rank(labels_n: np.ndarray) -> np.ndarray:
+  """For each image, how many of its class come before it."""
+  order = np.argsort(labels_n, kind="stable")
+  sorted_n = labels_n[order]
+  first_n = np.searchsorted(sorted_n, sorted_n)
+  rank_n = np.empty(len(labels_n), np.int64)
+  rank_n[order] = np.arange(len(labels_n)) - first_n
+  return rank_n
+
+
+def _spell(names: tuple[str, ...], labels) -> str:
+  return ", ".join(names[label] for label in sorted(labels))

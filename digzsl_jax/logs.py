@@ -1,0 +1,86 @@
+"""What a run tells: one line per stage, progress bars, `metrics.jsonl`, versions, parameter tables."""
+
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import tqdm
+from absl import logging
+from flax import nnx
+
+PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "tokenizers")
+
+
+class Log:
+  """Appends scalars to `metrics.jsonl` and speaks to the person who waits."""
+
+  def __init__(self, workdir: pathlib.Path):
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._file = workdir / "metrics.jsonl"
+    self._start = time.monotonic()
+
+  def say(self, text: str) -> None:
+    """One line for people, with the seconds since the start."""
+    tqdm.tqdm.write(f"[{time.monotonic() - self._start:6.1f}s] {text}", file=sys.stderr)
+
+  def warn(self, text: str) -> None:
+    self.say(f"warning: {text}")
+
+  def metrics(self, stage: str, step: int, **scalars: float) -> None:
+    """Appends one JSON line; a resumed run may repeat steps, the last line of a step counts."""
+    with self._file.open("a") as file:
+      file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
+
+  def progress(self, total: int, name: str, done: int = 0) -> tqdm.tqdm:
+    """A bar with rate and time left; silent on fast work and, but for a line a minute, when not a terminal."""
+    return tqdm.tqdm(total=total, initial=done, desc=name, leave=False, dynamic_ncols=True, file=sys.stderr,
+                     mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.1)
+
+
+def versions() -> dict[str, str]:
+  """Versions of what numbers depend on; `git` is the commit when run from a checkout."""
+  found = {"python": platform.python_version()}
+  for name in PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "not installed"
+  root = pathlib.Path(__file__).parent.parent
+  git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True,
+                       text=True, check=False)
+  return found | ({"git": git.stdout.strip()} if git.returncode == 0 else {})
+
+
+def devices() -> str:
+  kinds = sorted({device.device_kind for device in jax.devices()})
+  return f"{jax.device_count()} x {', '.join(kinds)}"
+
+
+def parameter_table(modules: Mapping[str, nnx.Module], depth: int = 2) -> str:
+  """Parameter counts by module, `depth` levels deep."""
+  counts: dict[str, int] = {}
+  for name, module in modules.items():
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+      for level in range(depth):
+        key = ".".join([name, *map(str, path[:-1])][:level + 1])
+        if level < len(path):
+          counts[key] = counts.get(key, 0) + math.prod(leaf.shape)
+  width = max(map(len, counts), default=0)
+  return "\n".join(f"{name:<{width}}  {count:>13,}" for name, count in counts.items())
+
+
+def memory_and_flops(compiled: jax.stages.Compiled) -> str:
+  """What XLA says of a compiled step: temporary and argument memory in MiB, GFLOP."""
+  memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+  text = f"{cost.get('flops', float('nan')) / 1e9:.2f} GFLOP"
+  if memory is not None:
+    text += (f", {memory.temp_size_in_bytes / 2**20:.1f} MiB temporary, "
+             f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments")
+  return text

@@ -1,0 +1,49 @@
+"""Losses. Shapes: b row of a batch, d embedding, k class."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def normalise(x: jax.Array) -> jax.Array:
+  """Unit L2 norm along the last axis; a zero vector stays zero and has a finite gradient."""
+  return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
+
+
+def clip(images_bd: jax.Array, texts_bd: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Symmetric contrastive loss (arXiv 2103.00020, figure 3) and the accuracy of image to text.
+
+  Args:
+    images_bd: image embeddings, any norm.
+    texts_bd: text embeddings, row b belongs to image b.
+    scale: inverse temperature.
+  """
+  logits_bb = scale * normalise(images_bd) @ normalise(texts_bd).T
+  own_b = jnp.arange(logits_bb.shape[0])
+  loss = optax.softmax_cross_entropy_with_integer_labels
+  mean = (loss(logits_bb, own_b).mean() + loss(logits_bb.T, own_b).mean()) / 2
+  return mean, jnp.mean(logits_bb.argmax(-1) == own_b)
+
+
+def cosine_cross_entropy(embeds_bd: jax.Array, prototypes_kd: jax.Array, labels_b: jax.Array,
+                         temperature: float, allowed_k: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy over cosine similarities, and the similarities themselves.
+
+  `L = -log softmax_k(cos(a, v_k) / temperature)[label]`: the objective of the category discrimination
+  model over seen classes and of the class tokens over unseen ones (arXiv 2412.17219).
+
+  Args:
+    embeds_bd: embeddings of images, any norm.
+    prototypes_kd: one embedding per class, any norm.
+    labels_b: row of the true prototype.
+    temperature: divides the cosines; the paper shows none (1).
+    allowed_k: False leaves a class out of the softmax.
+
+  Returns:
+    `(loss_b, cosines_bk)`, left-out classes having cosine `-inf`.
+  """
+  cosines_bk = normalise(embeds_bd) @ normalise(prototypes_kd).T
+  if allowed_k is not None:
+    cosines_bk = jnp.where(allowed_k, cosines_bk, -jnp.inf)
+  loss_b = optax.softmax_cross_entropy_with_integer_labels(cosines_bk / temperature, labels_b)
+  return loss_b, cosines_bk

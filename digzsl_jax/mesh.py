@@ -1,0 +1,69 @@
+"""The device mesh. Class is batch: one axis, `class`, over which rows of classes are sharded."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+AXIS = "class"
+
+
+def make(devices: int) -> jax.sharding.Mesh:
+  """A mesh of the first `devices` devices, 0 for all.
+
+  Raises:
+    ValueError: there are fewer devices.
+  """
+  found = jax.devices()
+  if not 0 <= devices <= len(found):
+    raise ValueError(f"config.mesh.devices is {devices}, but JAX sees {len(found)} device(s): {found}. On a CPU, "
+                     "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight")
+  # Auto: the compiler propagates shardings; `jax.make_mesh` would now default to Explicit.
+  return jax.sharding.Mesh(np.array(found[:devices or None]), (AXIS,),
+                           axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def by_class(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """Leading axis sharded over the classes."""
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def compile_chunked(function: Callable, devices: jax.sharding.Mesh, size: int, busy: Callable) -> Callable:
+  """Compiles `function(common, *rows)` for rows sharded over the mesh, with equal results on every mesh.
+
+  XLA sums in another order when a compiled body has another number of rows. So every device works
+  through chunks of a fixed `size`, one after another, and the bits do not depend on the mesh.
+
+  Args:
+    function: `(common, *rows) -> outputs`; every leaf of rows and outputs leads with the sharded axis,
+      of `size` entries or a multiple of it.
+    devices: the mesh.
+    size: entries of the first leaf of `rows` that one call of `function` sees.
+    busy: `rows -> bool`; chunks for which it is False are skipped and give zeros.
+
+  Returns:
+    The compiled function of the same arguments, for any number of entries that is a multiple of `size`
+    times the number of devices.
+  """
+  def per_device(common, *rows):
+    count = jax.tree.leaves(rows)[0].shape[0] // size
+    chunks = jax.tree.map(lambda leaf: leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:]), rows)
+
+    def body(chunk):
+      shapes = jax.eval_shape(function, common, *chunk)
+      skip = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      return jax.lax.cond(busy(*chunk), lambda: function(common, *chunk), skip)
+
+    join = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
+    return jax.tree.map(join, jax.lax.map(body, chunks))
+
+  def sharded(common, *rows):
+    specs = (jax.sharding.PartitionSpec(), *[jax.sharding.PartitionSpec(AXIS)] * len(rows))
+    return jax.shard_map(per_device, mesh=devices, in_specs=specs, out_specs=specs[1], check_vma=False)(common, *rows)
+
+  return jax.jit(sharded)

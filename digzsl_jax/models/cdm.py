@@ -1,0 +1,203 @@
+"""Category discrimination model (CDM, arXiv 2412.17219): a frozen image encoder and a trained head.
+
+The head takes an image into the space of CLIP's text embeddings, where the class names are. It is
+trained on real images of seen classes and then tells the class tokens how well a generated image shows
+an unseen class, so everything from pixels to embedding is differentiable.
+
+Features of an image, one row for every later use:
+  CLIP  [pooled state of the vision tower | unit image embedding]   d + p numbers
+  ViT   [class position after the last norm]                        d numbers
+
+Shapes: n image, b batch, i j height and width, c colour, f feature row, d width of the encoder,
+p width of the text space.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digzsl_jax.losses import normalise
+from digzsl_jax.models import hub, layers
+from digzsl_jax.models.clip import CLIPModel
+from digzsl_jax.models.vit import ViT
+
+KINDS = ("residual", "mlp")
+CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a ViT folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """From images in [-1, 1] of any size to what the encoder was trained on, differentiably.
+
+  Attributes:
+    size: height and width that the encoder takes.
+    mean: of each colour, for images in [0, 1].
+    std: of each colour.
+  """
+
+  size: int
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+  @classmethod
+  def from_folder(cls, folder: os.PathLike, size: int) -> "Preprocess":
+    """Mean and std of `preprocessor_config.json`; without that file 0.5, as Google's ViTs have it.
+
+    Raises:
+      CheckpointError: the file is damaged or gives other than three positive stds and three means.
+    """
+    path = pathlib.Path(folder) / "preprocessor_config.json"
+    stored = hub.read_json(path) if path.is_file() else {}
+    try:
+      mean = tuple(map(float, stored.get("image_mean") or cls.mean))
+      std = tuple(map(float, stored.get("image_std") or cls.std))
+    except TypeError as error:
+      raise hub.CheckpointError(f"{path}: image_mean and image_std must be lists of numbers ({error}); "
+                                "download it again") from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+      raise hub.CheckpointError(f"{path}: image_mean {mean} and image_std {std} must be three numbers each, "
+                                "the stds positive")
+    return cls(size, mean, std)
+
+  def __call__(self, images_bijc: jax.Array) -> jax.Array:
+    """Shortest side to `size` (bicubic with antialias, as Pillow), centre crop, normalise."""
+    b, i, j, c = images_bijc.shape
+    if min(i, j) != self.size:
+      i, j = (self.size * side // min(i, j) for side in (i, j))
+      images_bijc = jax.image.resize(images_bijc, (b, i, j, c), "cubic", antialias=True)
+    top, left = round((i - self.size) / 2), round((j - self.size) / 2)
+    images_bijc = images_bijc[:, top:top + self.size, left:left + self.size]
+    # (x / 2 + 1 / 2 - mean) / std, in the form that leaves x as it is for mean = std = 1 / 2
+    return (images_bijc - (2 * np.array(self.mean, np.float32) - 1)) / (2 * np.array(self.std, np.float32))
+
+
+class Encoder(nnx.Module):
+  """A frozen CLIP or ViT with its preprocessing; the module's docstring says what it returns."""
+
+  def __init__(self, model: CLIPModel | ViT, folder: os.PathLike):
+    """`folder` is where the model comes from: its preprocessing stands there."""
+    self.model, self.is_clip = model, isinstance(model, CLIPModel)
+    embeddings = model.vision_model.embeddings if self.is_clip else model.embeddings
+    self.width = embeddings.patch_embedding.out_features if self.is_clip else embeddings.cls_token.shape[-1]
+    self.preprocess = Preprocess.from_folder(folder, embeddings.image_size)
+
+  def __call__(self, images_bijc: jax.Array) -> jax.Array:
+    """Features `[b, f]`, float32, of images in [-1, 1]."""
+    images_bijc = self.preprocess(images_bijc)
+    if not self.is_clip:
+      return self.model(images_bijc)[0].astype(jnp.float32)
+    pooled_bd, _ = self.model.vision_model(images_bijc)
+    embeds_bp = normalise(self.model.visual_projection(pooled_bd).astype(jnp.float32))
+    return jnp.concatenate([pooled_bd.astype(jnp.float32), embeds_bp], axis=-1)
+
+
+def load_encoder(name: str, clip: CLIPModel, clip_folder: os.PathLike) -> Encoder:
+  """The encoder `name`: "clip" for the run's own, else the folder of a Hugging Face ViT.
+
+  Raises:
+    CheckpointError: that folder is absent, damaged or no ViT.
+  """
+  if name == CLIP:
+    return Encoder(clip, clip_folder)
+  folder = pathlib.Path(name).expanduser()
+  return Encoder(hub.load(ViT, folder), folder)
+
+
+class Head(nnx.Module):
+  """The trained part.
+
+  "mlp": `W2 relu(W1 f + b1) + b2` of the pooled feature, the paper's (section 3 of arXiv 2412.17219;
+  depth and hidden width are not given there).
+  "residual": `e + W2 relu(W1 e + b1) + b2` of CLIP's unit image embedding e, with W2 = b2 = 0 at first, so
+  that training starts from zero-shot CLIP (after CLIP-Adapter, arXiv 2110.04544, without its fixed mix).
+  """
+
+  def __init__(self, kind: str, width: int, hidden: int, outputs: int, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    """`width` of the encoder's pooled feature, `outputs` of the text space."""
+    if kind not in KINDS:
+      raise ValueError(f"kind of head is {kind!r}; it must be one of {KINDS}")
+    self.kind, self.width, self.outputs = kind, width, outputs
+    self.fc1 = layers.linear(outputs if kind == "residual" else width, hidden, dtype=dtype, rngs=rngs)
+    self.fc2 = layers.linear(hidden, outputs, dtype=dtype, rngs=rngs)
+    if kind == "residual":
+      self.fc2.kernel[...] = jnp.zeros_like(self.fc2.kernel[...])
+
+  @classmethod
+  def from_json(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "Head":
+    return cls(config["kind"], config["width"], config["hidden"], config["outputs"], dtype=dtype, rngs=rngs)
+
+  def __call__(self, features_bf: jax.Array) -> jax.Array:
+    """Embeddings `[b, p]`, of any norm, of feature rows."""
+    if self.kind == "residual":
+      embeds_bp = features_bf[:, -self.outputs:]
+      return embeds_bp + self.fc2(jax.nn.relu(self.fc1(embeds_bp)))
+    return self.fc2(jax.nn.relu(self.fc1(features_bf[:, :self.width])))
+
+
+class CDM(nnx.Module):
+  """Images in [-1, 1] to embeddings that are compared with prototypes by cosine."""
+
+  def __init__(self, encoder: Encoder, head: Head):
+    if head.kind == "residual" and not encoder.is_clip:
+      raise ValueError('a "residual" head corrects CLIP\'s image embedding, which a ViT has not: use kind '
+                       '"mlp"')
+    if head.width != encoder.width:
+      raise ValueError(f"the head takes features of width {head.width}, the encoder gives {encoder.width}: "
+                       "use the encoder it was trained with, or train stage cdm anew")
+    self.encoder = encoder
+    self.head = head
+
+  def features(self, images_bijc: jax.Array) -> jax.Array:
+    """`[b, f]`: the frozen part."""
+    return self.encoder(images_bijc)
+
+  def __call__(self, images_bijc: jax.Array) -> jax.Array:
+    """`[b, p]`, of any norm."""
+    return self.head(self.features(images_bijc))
+
+
+def save_head(head: Head, folder: os.PathLike) -> None:
+  """Writes `config.json` and `model.safetensors`."""
+  config = {"kind": head.kind, "width": head.width, "hidden": head.fc1.out_features, "outputs": head.outputs}
+  hub.save(head, folder, config, dtype=np.float32)
+
+
+def load_head(folder: os.PathLike) -> Head:
+  """Reads what `save_head` wrote: enough where features are at hand.
+
+  Raises:
+    CheckpointError: the folder is absent, damaged or does not fit.
+  """
+  return hub.load(Head, folder)
+
+
+def load(encoder: Encoder, folder: os.PathLike) -> CDM:
+  """The whole model: `encoder` and the head of `folder`, `<stage cdm>/<task>_<kind>`.
+
+  Raises:
+    CheckpointError: as `load_head`.
+    ValueError: the head was trained on another encoder.
+  """
+  return CDM(encoder, load_head(folder))
+
+
+def batched(model: Encoder | CDM, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
+  """`model` as a function of uint8 images `[n, i, j, c]`, run in batches of one shape: one compilation."""
+  graphdef, params = nnx.split(model)
+  apply = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images.astype(jnp.float32) / 127.5 - 1))
+
+  def encode(images_nijc: np.ndarray) -> np.ndarray:
+    out = []
+    for start in range(0, len(images_nijc), batch):
+      rows = images_nijc[start:start + batch]
+      padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
+      out.append(np.asarray(apply(params, padded))[:len(rows)])
+    return np.concatenate(out)
+
+  return encode

@@ -1,0 +1,195 @@
+"""Layers that every model shares, each equal to its PyTorch namesake.
+
+Attribute paths of the models are the reference checkpoint's parameter names; only the last word
+differs (`weight` is `kernel`, `scale` or `embedding` here), which `hub.py` translates.
+
+Shapes: b batch, l m positions, h heads, d width of one head or of the model, i j height and width.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Linear):
+  """`nnx.Linear` over two axes: XLA:CPU computes the weight's gradient several times slower over more."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = True, dtype, rngs: nnx.Rngs) -> Linear:
+  return Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
+
+
+def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding=None, bias: bool = True,
+         dtype, rngs: nnx.Rngs) -> nnx.Conv:
+  """Square convolution over `[b, i, j, channel]`; padding defaults to `kernel // 2` on every side."""
+  pad = kernel // 2 if padding is None else padding
+  pads = ((pad, pad),) * 2 if isinstance(pad, int) else tuple(pad)
+  return nnx.Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=pads, use_bias=bias,
+                  dtype=dtype, rngs=rngs)
+
+
+class GroupNorm(nnx.GroupNorm):
+  """`nnx.GroupNorm` (arXiv 1803.08494) without splitting the channel axis before it reduces, which XLA:CPU
+  runs two to four times slower."""
+
+  def __call__(self, x_bijd: jax.Array) -> jax.Array:
+    x_bld = x_bijd.reshape(x_bijd.shape[0], -1, x_bijd.shape[-1]).astype(jnp.float32)
+    centred_bld = x_bld - self._group_mean(x_bld)
+    # Two passes: the one-pass variance loses digits that PyTorch keeps and breaks parity at 1e-5.
+    deviation_b1d = jax.lax.rsqrt(self._group_mean(centred_bld**2) + self.epsilon)
+    out_bld = centred_bld * (deviation_b1d * self.scale[...]) + self.bias[...]
+    return out_bld.reshape(x_bijd.shape).astype(self.dtype)
+
+  def _group_mean(self, x_bld: jax.Array) -> jax.Array:
+    """Mean over positions and over the channels of each group, repeated for every channel: `[b, 1, d]`."""
+    b, _, d = x_bld.shape
+    means_bg = x_bld.mean(1).reshape(b, self.num_groups, -1).mean(-1)
+    return jnp.repeat(means_bg, d // self.num_groups, axis=-1)[:, None]
+
+
+def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> GroupNorm:
+  return GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def activation(name: str):
+  """The function that a transformers config calls `hidden_act`."""
+  known = {"gelu": lambda x: jax.nn.gelu(x, approximate=False),
+           "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
+  if name not in known:
+    raise ValueError(f"hidden_act {name!r} is not supported; use one of {sorted(known)}")
+  return known[name]
+
+
+def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
+              bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Scaled dot-product attention with a float32 softmax.
+
+  Args:
+    q_blhd: queries.
+    k_bmhd: keys.
+    v_bmhd: values.
+    bias: added to the logits, broadcastable to `[b, h, l, m]`; `-inf` masks.
+
+  Returns:
+    `(out_blhd, weights_bhlm)`; under `jit` unused weights cost nothing extra.
+  """
+  logits_bhlm = jnp.einsum("blhd,bmhd->bhlm", q_blhd, k_bmhd, preferred_element_type=jnp.float32)
+  logits_bhlm *= q_blhd.shape[-1] ** -0.5
+  if bias is not None:
+    logits_bhlm += bias
+  weights_bhlm = jax.nn.softmax(logits_bhlm, axis=-1)
+  out_blhd = jnp.einsum("bhlm,bmhd->blhd", weights_bhlm.astype(v_bmhd.dtype), v_bmhd)
+  return out_blhd, weights_bhlm
+
+
+def split_heads(x_bld: jax.Array, heads: int) -> jax.Array:
+  return x_bld.reshape(*x_bld.shape[:-1], heads, x_bld.shape[-1] // heads)
+
+
+def read_config(config_type, config: Mapping, what: str):
+  """A config dataclass from the fields of a parsed JSON object that it knows, lists as tuples.
+
+  Raises:
+    ValueError: a field is not of its default's type; `what` says whose config it is.
+  """
+  def fits(value, default):
+    if isinstance(default, tuple):
+      return isinstance(value, tuple) and len(value) > 0 and all(fits(v, default[0]) for v in value)
+    return isinstance(value, (int, float) if isinstance(default, float) else type(default))
+
+  fields = {}
+  for field in dataclasses.fields(config_type):
+    value = config.get(field.name, field.default)
+    fields[field.name] = tuple(value) if isinstance(value, list) else value
+    if not fits(fields[field.name], field.default):
+      raise ValueError(f"{what} config: {field.name}={value!r} is not supported; "
+                       f"expected the kind of {field.default!r}")
+  return config_type(**fields)
+
+
+def call(function, modules, *arrays, remat: bool):
+  """`function(modules, *arrays)`, its activations computed again on the way back if `remat`.
+
+  The parameters are arguments of the checkpointed function, not constants it closes over: JAX
+  caches its trace by function, and a constant would go stale there.
+  """
+  if not remat:
+    return function(modules, *arrays)
+  graphdef, state = nnx.split(modules)
+  again = jax.checkpoint(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))
+  return again(state, *arrays)
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with the parameter names of diffusers."""
+
+  def __init__(self, width: int, context: int, heads: int, *, bias: bool, dtype, rngs: nnx.Rngs):
+    self.heads = heads
+    self.to_q = linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
+    self.to_k = linear(context, width, bias=bias, dtype=dtype, rngs=rngs)
+    self.to_v = linear(context, width, bias=bias, dtype=dtype, rngs=rngs)
+    self.to_out = nnx.List([linear(width, width, dtype=dtype, rngs=rngs)])
+
+  def __call__(self, x_bld: jax.Array, context_bmd: jax.Array) -> jax.Array:
+    q_blhd, k_bmhd, v_bmhd = (split_heads(projected, self.heads) for projected in
+                              (self.to_q(x_bld), self.to_k(context_bmd), self.to_v(context_bmd)))
+    out_blhd, _ = attention(q_blhd, k_bmhd, v_bmhd)
+    return self.to_out[0](out_blhd.reshape(*out_blhd.shape[:2], -1))
+
+
+class ResnetBlock2D(nnx.Module):
+  """Two convolutions beside a shortcut, with a time embedding added between them where there is one."""
+
+  def __init__(self, inputs: int, outputs: int, groups: int, epsilon: float, *, time: int | None = None,
+               scale: float = 1.0, dtype, rngs: nnx.Rngs):
+    self.scale = scale
+    self.norm1 = group_norm(inputs, groups, epsilon, dtype=dtype, rngs=rngs)
+    self.conv1 = conv(inputs, outputs, 3, dtype=dtype, rngs=rngs)
+    self.time_emb_proj = None if time is None else linear(time, outputs, dtype=dtype, rngs=rngs)
+    self.norm2 = group_norm(outputs, groups, epsilon, dtype=dtype, rngs=rngs)
+    self.conv2 = conv(outputs, outputs, 3, dtype=dtype, rngs=rngs)
+    self.conv_shortcut = None if inputs == outputs else conv(inputs, outputs, 1, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x_bijd: jax.Array, time_bd: jax.Array | None = None) -> jax.Array:
+    hidden_bijd = self.conv1(jax.nn.silu(self.norm1(x_bijd)))
+    if time_bd is not None:
+      hidden_bijd += self.time_emb_proj(jax.nn.silu(time_bd))[:, None, None]
+    hidden_bijd = self.conv2(jax.nn.silu(self.norm2(hidden_bijd)))
+    if self.conv_shortcut is not None:
+      x_bijd = self.conv_shortcut(x_bijd)
+    return (x_bijd + hidden_bijd) / self.scale
+
+
+class Downsample2D(nnx.Module):
+  """Convolution of stride 2."""
+
+  def __init__(self, channels: int, padding, *, dtype, rngs: nnx.Rngs):
+    self.conv = conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x_bijd: jax.Array) -> jax.Array:
+    return self.conv(x_bijd)
+
+
+class Upsample2D(nnx.Module):
+  """Every pixel twice in both directions, then a convolution."""
+
+  def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
+    self.conv = conv(channels, channels, 3, dtype=dtype, rngs=rngs)
+
+  def __call__(self, x_bijd: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    """`size`: height and width wanted, each twice the input's or one less."""
+    b, i, j, d = x_bijd.shape
+    x_bijd = jnp.broadcast_to(x_bijd[:, :, None, :, None], (b, i, 2, j, 2, d)).reshape(b, 2 * i, 2 * j, d)
+    if size is not None:  # nearest-neighbour resizing from n to 2 n - 1 is doubling without the last
+      x_bijd = x_bijd[:, :size[0], :size[1]]
+    return self.conv(x_bijd)

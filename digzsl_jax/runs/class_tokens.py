@@ -1,0 +1,380 @@
+"""Learns one token per unseen class: the vector S* whose samples the CDM recognises as that class.
+
+Only S* is trained and every weight is shared, so class is simply batch: a slot holds one class, all slots
+learn at once, and a slot whose class has finished takes the next one. No class ever sees another.
+
+An update of a slot (arXiv 2412.17219, section 3; its parent method is arXiv 2303.17155):
+  1. `prefix`: sample `images` latents without gradient up to the last denoiser calls,
+  2. `learn`: make those calls, decode, embed with the CDM, take the cross-entropy over the unseen classes
+     of cos / temperature, and let AdamW move the slot's token by its own clipped gradient.
+
+Gradient paths: `last` differentiates the last `grad_calls` calls of a whole sampling; `x0` stops at a chosen
+noise level and decodes the denoiser's direct prediction there, one call.
+
+Shapes: s slot of a compiled body, c slot, n image of a slot, b row (slot, image), k unseen class of the task,
+h w latent position, z latent channel, l prompt position, d text width.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from digzsl_jax import checkpoint, diffusion, losses, mesh
+from digzsl_jax.data import prompts, splits
+from digzsl_jax.models import cdm, stable_diffusion
+from digzsl_jax.workspace import TOKENS, Workspace, check, resolve
+
+NEEDS = ("cdm",)
+NOISE_STREAM = 1  # keeps the noise of learning apart from the noise of generation
+REASONS = ("running", "accuracy", "patience", "cap", "nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How tokens are learnt.
+
+  Attributes:
+    template: prompt with `{token}` and `{name}`.
+    initial: word whose embedding S* starts from.
+    gradient: "last" or "x0".
+    sampler: "ddim", "pndm" or "dpm++" for `last`, "" for the checkpoint's own; `x0` walks by DDIM.
+    steps: sampler steps for `last`; denoiser calls for `x0`, the last of them at `x0_timestep`.
+    grad_calls: calls that carry gradient in `last`; 0 for what the reference in effect does, 2 with PNDM
+      (whose last two calls it does not switch off) and otherwise 1.
+    x0_timestep: noise level of `x0`'s differentiated call.
+    guidance: classifier-free guidance scale.
+    stop_unconditional: no gradient through the unconditional half. Exact for one differentiated call; with
+      more it drops the path through the latent, so parity with the reference needs False.
+    images: images of a class in one update.
+    learning_rate, weight_decay: of AdamW.
+    clip_norm: a class's gradient is scaled down to this norm.
+    temperature: divides the cosines; the paper shows none (1).
+    noise_period: 0 keeps the first update's noise, as the reference; n draws anew every n updates.
+    stop_accuracy: gamma; a class whose images are recognised at a higher rate stops. 1 never stops.
+    patience: a class stops when this many updates and one more brought no lower loss.
+    max_updates: cap.
+    slots: classes learnt at once; a multiple of `slots_per_body` times the mesh's devices.
+    slots_per_body: slots that one compiled body works on. Fixed rows make tokens equal on every mesh.
+    check_every: updates between looks at the losses, refills and saved states.
+    remat: recompute the denoiser's and decoder's activations on the way back, to save memory.
+  """
+
+  template: str
+  initial: str
+  gradient: str
+  sampler: str
+  steps: int
+  grad_calls: int
+  x0_timestep: int
+  guidance: float
+  stop_unconditional: bool
+  images: int
+  learning_rate: float
+  weight_decay: float
+  clip_norm: float
+  temperature: float
+  noise_period: int
+  stop_accuracy: float
+  patience: int
+  max_updates: int
+  slots: int
+  slots_per_body: int
+  check_every: int
+  remat: bool
+
+  def __post_init__(self):
+    prompts.check_template(self.template, token=True)
+    check(self.gradient in ("last", "x0"), "gradient", self.gradient, "'last' or 'x0'")
+    for name in ("steps", "images", "max_updates", "slots", "slots_per_body", "check_every"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+    for name in ("learning_rate", "clip_norm", "temperature"):
+      check(getattr(self, name) > 0, name, getattr(self, name), "positive")
+    check(self.slots % self.slots_per_body == 0, "slots", self.slots, f"a multiple of {self.slots_per_body}, slots_per_body")
+    check(self.grad_calls in (0, 1) or self.gradient == "last", "grad_calls", self.grad_calls,
+          "0 or 1 for the gradient path 'x0', which differentiates one call")
+    check(self.grad_calls >= 0, "grad_calls", self.grad_calls, "0 (as the reference) or more")
+    check(0 <= self.stop_accuracy <= 1, "stop_accuracy", self.stop_accuracy, "between 0 and 1")
+    check(min(self.noise_period, self.patience) >= 0, "noise_period or patience",
+          (self.noise_period, self.patience), "0 or more")
+
+
+class Path(NamedTuple):
+  """A gradient path: the sampler, where its differentiated part begins, and that part."""
+
+  sampler: diffusion.Sampler
+  cut: int
+  finish: Callable[[diffusion.Denoise, diffusion.Carry], jax.Array]  # latents (x0)
+
+
+def gradient_path(settings: Settings, schedule: diffusion.Schedule) -> Path:
+  """The sampler that `settings` choose, cut where gradient begins."""
+  if settings.gradient == "x0":
+    last = len(schedule.alphas_cumprod) - 1
+    check(0 <= settings.x0_timestep <= last, "x0_timestep", settings.x0_timestep, f"between 0 and {last}")
+    times = np.linspace(last, settings.x0_timestep, settings.steps + (settings.steps == 1))[-settings.steps:]
+    sampler = diffusion.make_sampler(schedule, None, "ddim", timesteps=times.round().astype(int))
+    cut = sampler.calls - 1
+    return Path(sampler, cut, lambda denoise, carry: sampler.predict_x0(denoise, carry, cut))
+  kind = settings.sampler or schedule.kind
+  sampler = diffusion.make_sampler(schedule, settings.steps, kind)
+  grad_calls = settings.grad_calls or (2 if kind == "pndm" else 1)
+  check(grad_calls <= sampler.calls, "grad_calls", grad_calls, f"at most {sampler.calls}, the calls that {kind} "
+        f"makes for steps={settings.steps}")
+  cut = sampler.calls - grad_calls
+  return Path(sampler, cut, lambda denoise, carry: sampler.run(denoise, carry, cut, sampler.calls).x_bhwz)
+
+
+class Guide(nnx.Module):
+  """The frozen models of token learning: Stable Diffusion and the CDM that judges its images."""
+
+  def __init__(self, sd: stable_diffusion.StableDiffusion, discriminator: cdm.CDM):
+    self.sd = sd
+    self.cdm = discriminator
+
+
+class Classes(NamedTuple):
+  """The unseen classes of a task; every leaf but `null_l` leads with k."""
+
+  label_k: jax.Array  # number in the data set: addresses the noise
+  ids_kl: jax.Array  # prompt with the initial word at the token's place
+  slot_k: jax.Array  # that place
+  prototypes_kd: jax.Array
+  null_l: jax.Array  # empty prompt
+
+
+class Slots(NamedTuple):
+  """What is being learnt; every leaf leads with c."""
+
+  class_c: jax.Array  # row of `Classes`, -1 for an idle slot
+  step_c: jax.Array
+  left_c: jax.Array  # updates without improvement that are still allowed
+  reason_c: jax.Array  # number in REASONS
+  token_cd: jax.Array
+  best_cd: jax.Array
+  best_loss_c: jax.Array
+  best_step_c: jax.Array
+  optimiser: optax.OptState
+
+
+class Update(NamedTuple):
+  """What an update of each slot showed; `made_c` is False for slots that were not live."""
+
+  made_c: jax.Array
+  loss_c: jax.Array
+  accuracy_c: jax.Array
+
+
+class Outcome(NamedTuple):
+  """What a task has so far; every leaf leads with k. Loss curves hold NaN where no update was made."""
+
+  done_k: np.ndarray
+  token_kd: np.ndarray
+  reason_k: np.ndarray
+  best_step_k: np.ndarray
+  loss_ku: np.ndarray
+  accuracy_ku: np.ndarray
+
+
+def optimiser(settings: Settings) -> optax.GradientTransformation:
+  """Of one token: clipping sees the gradient of its class alone, and only once it exists."""
+  return optax.chain(optax.clip_by_global_norm(settings.clip_norm),
+                     optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
+
+
+def fresh_slots(settings: Settings, class_c: np.ndarray, token_d: jax.Array) -> Slots:
+  """Slots at their first update; `class_c` of -1 makes an idle one."""
+  count = len(class_c)
+  token_cd = jnp.tile(token_d, (count, 1))
+  zeros = jnp.zeros(count, jnp.int32)
+  return Slots(jnp.asarray(class_c, jnp.int32), zeros, jnp.full(count, settings.patience, jnp.int32), zeros, token_cd,
+               token_cd, jnp.full(count, jnp.inf), zeros, jax.vmap(optimiser(settings).init)(token_cd))
+
+
+def live(slots: Slots) -> jax.Array:
+  return (slots.class_c >= 0) & (slots.reason_c == 0)
+
+
+def noise(settings: Settings, seed: int, classes: Classes, slots: Slots, shape: tuple[int, int, int]) -> jax.Array:
+  """Noise by address (seed, class, draw): the same on any mesh, in any slot, after any resume."""
+  draw_s = slots.step_c // settings.noise_period if settings.noise_period else jnp.zeros_like(slots.step_c)
+  root = jax.random.fold_in(jax.random.key(seed), NOISE_STREAM)
+
+  def one(label, draw):
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(root, label), draw), (settings.images, *shape))
+
+  return jax.vmap(one)(classes.label_k[slots.class_c], draw_s).reshape(-1, *shape)
+
+
+def denoiser(settings: Settings, sd: stable_diffusion.StableDiffusion, classes: Classes, class_b: jax.Array,
+             token_bd: jax.Array) -> diffusion.Denoise:
+  """The guided denoiser of rows of classes, each with its own token."""
+  text_bld = sd.text(classes.ids_kl[class_b], classes.slot_k[class_b], token_bd)
+  return diffusion.guide(sd.unet, text_bld, sd.text(classes.null_l[None]), settings.guidance,
+                         settings.stop_unconditional)
+
+
+class Frozen(NamedTuple):
+  """What every slot reads and none changes."""
+
+  params: nnx.State
+  classes: Classes
+
+
+def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh):
+  """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
+  rows = functools.partial(jnp.repeat, repeats=settings.images, axis=0)
+  tx = optimiser(settings)
+
+  def prefix(frozen, slots):
+    sd = nnx.merge(graphdef, frozen.params).sd
+    x_bhwz = noise(settings, seed, frozen.classes, slots, sd.latent_shape)
+    denoise = denoiser(settings, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cd))
+    return path.sampler.run(denoise, path.sampler.start(x_bhwz), 0, path.cut)
+
+  def learn(frozen, slots, carry):
+    guide, classes, class_b = nnx.merge(graphdef, frozen.params), frozen.classes, rows(slots.class_c)
+
+    def loss(token_sd):
+      denoise = denoiser(settings, guide.sd, classes, class_b, rows(token_sd))
+      embeds_bd = guide.cdm(guide.sd.decode(path.finish(denoise, carry)))
+      loss_b, cosines_bk = losses.cosine_cross_entropy(embeds_bd, classes.prototypes_kd, class_b,
+                                                       settings.temperature)
+      loss_s, hit_s = (x.reshape(-1, settings.images).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
+      return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
+
+    grad_sd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cd)
+    made_s = live(slots)
+    return update(settings, tx, slots, grad_sd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
+
+  busy = lambda slots, *carry: live(slots).any()
+  return tuple(mesh.compile_chunked(function, devices, settings.slots_per_body, busy) for function in (prefix, learn))
+
+
+def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, grad_sd: jax.Array, loss_s: jax.Array,
+           hit_s: jax.Array) -> Slots:
+  """One update per slot and its stopping rules; slots that are not live stay as they are."""
+  finite_s = jnp.isfinite(loss_s) & jnp.isfinite(grad_sd).all(-1)
+  delta_sd, optimiser_state = jax.vmap(tx.update)(grad_sd, slots.optimiser, slots.token_cd)
+  better_s = finite_s & (loss_s < slots.best_loss_c)
+  left_s = jnp.where(better_s, settings.patience, slots.left_c - 1)
+  capped_s = slots.step_c + 1 >= settings.max_updates
+  reason_s = jnp.select([~finite_s, hit_s > settings.stop_accuracy, left_s < 0, capped_s],
+                        [REASONS.index(name) for name in ("nan", "accuracy", "patience", "cap")], 0)
+  new = Slots(slots.class_c, slots.step_c + 1, left_s, reason_s.astype(jnp.int32),
+              jnp.where(finite_s[:, None], slots.token_cd + delta_sd, slots.token_cd),
+              jnp.where(better_s[:, None], slots.token_cd, slots.best_cd),
+              jnp.where(better_s, loss_s, slots.best_loss_c),
+              jnp.where(better_s, slots.step_c, slots.best_step_c), optimiser_state)
+  keep_s = live(slots)
+  return jax.tree.map(lambda a, b: jnp.where(keep_s.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, slots)
+
+
+def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classes:
+  """Prompts and prototypes of the task's unseen classes."""
+  names = [ws.dataset.names[label] for label in task.unseen]
+  template = settings.template.replace("{name}", "{{name}}").format(token="{token}")
+  encoded = [ws.sd_tokenizer.encode_with_slot(template, prompts.class_name(name), initial=settings.initial)
+             for name in names]
+  ids_kl, slot_k = map(np.array, zip(*encoded))
+  return Classes(jnp.asarray(task.unseen), jnp.asarray(ids_kl), jnp.asarray(slot_k),
+                 jnp.asarray(ws.prototypes_kd[list(task.unseen)]), jnp.asarray(ws.sd_tokenizer([""])[0]))
+
+
+def empty_outcome(settings: Settings, classes: int, width: int) -> Outcome:
+  curve = np.full((classes, settings.max_updates), np.nan, np.float32)
+  zeros = np.zeros(classes, np.int32)
+  return Outcome(zeros, np.zeros((classes, width), np.float32), zeros.copy(), zeros.copy(), curve, curve.copy())
+
+
+def collect(outcome: Outcome, slots: Slots, next_class: int, settings: Settings, token_d: jax.Array, log, names):
+  """Moves finished classes from their slots into `outcome` and refills; `(slots, next_class)`."""
+  class_c, reason_c = np.array(slots.class_c), np.asarray(slots.reason_c)
+  finished = np.flatnonzero((class_c >= 0) & (reason_c > 0))
+  for slot in finished:
+    k = class_c[slot]
+    outcome.done_k[k], outcome.reason_k[k] = 1, reason_c[slot]
+    outcome.token_kd[k], outcome.best_step_k[k] = slots.best_cd[slot], slots.best_step_c[slot]
+    if REASONS[reason_c[slot]] == "nan":
+      log.warn(f"class {names[k]!r}: loss or gradient was not finite at update {int(slots.step_c[slot])}; "
+               "kept its best token")
+    class_c[slot], next_class = (next_class, next_class + 1) if next_class < len(names) else (-1, next_class)
+  if len(finished):
+    fresh, new = fresh_slots(settings, class_c, token_d), np.isin(np.arange(len(class_c)), finished)
+    slots = jax.tree.map(lambda a, b: jnp.where(new.reshape(-1, *(1,) * (a.ndim - 1)), a, b), fresh, slots)
+  return slots, next_class
+
+
+def learn_task(settings: Settings, ws: Workspace, task: splits.Task, compiled, params, folder: pathlib.Path) -> Outcome:
+  """Feeds the task's classes through the slots; resumes bit for bit from the last state that was saved."""
+  prefix, learn = compiled
+  names = [ws.dataset.names[label] for label in task.unseen]
+  token_d, classes = ws.initial_token, task_classes(settings, ws, task)
+  frozen = Frozen(params, jax.device_put(classes, mesh.replicated(ws.mesh)))
+  first = np.arange(settings.slots)
+  slots = fresh_slots(settings, np.where(first < len(names), first, -1), token_d)
+  outcome, next_class = empty_outcome(settings, len(names), len(token_d)), min(settings.slots, len(names))
+  saved = checkpoint.load_state(folder / f"{task.name}_state.safetensors", (slots, outcome, np.int32(next_class)))
+  if saved is not None:
+    slots, outcome, next_class = saved[0], jax.tree.map(np.array, saved[1]), int(saved[2])
+  bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
+  while not outcome.done_k.all():
+    slots, history = jax.device_put(slots, mesh.by_class(ws.mesh)), []
+    class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
+    for _ in range(settings.check_every):
+      slots, made = learn(frozen, slots, prefix(frozen, slots))
+      history.append(made)
+    for ahead, made in enumerate(jax.device_get(history)):
+      for slot in np.flatnonzero(made.made_c):
+        outcome.loss_ku[class_c[slot], step_c[slot] + ahead] = made.loss_c[slot]
+        outcome.accuracy_ku[class_c[slot], step_c[slot] + ahead] = made.accuracy_c[slot]
+    slots, next_class = collect(outcome, jax.device_get(slots), next_class, settings, token_d, ws.log, names)
+    checkpoint.save_state(folder / f"{task.name}_state.safetensors", (slots, outcome, np.int32(next_class)))
+    bar.update(int(outcome.done_k.sum()) - bar.n)
+    bar.set_postfix(loss=f"{float(np.nanmean(made.loss_c)):.3f}", accuracy=f"{float(np.nanmean(made.accuracy_c)):.2f}")
+  bar.close()
+  return outcome
+
+
+def write_outcome(outcome: Outcome, names: list[str], task: str, folder: pathlib.Path) -> dict:
+  """Tokens in diffusers' textual-inversion form, one vector per class name, and the learning curves."""
+  checkpoint.write_arrays(folder / TOKENS[task], dict(zip(names, outcome.token_kd)))
+  curves = {}
+  for k, name in enumerate(names):
+    made = int(np.isfinite(outcome.accuracy_ku[k]).sum())
+    curves[name] = {"loss": outcome.loss_ku[k, :made].tolist(), "accuracy": outcome.accuracy_ku[k, :made].tolist(),
+                    "stopped": REASONS[outcome.reason_k[k]], "best_step": int(outcome.best_step_k[k])}
+  checkpoint.write_json(folder / f"{task}_curves.json", curves)
+  first, best = (np.nanmean([pick(curve["loss"]) for curve in curves.values()]) for pick in (lambda c: c[0], min))
+  return {"classes": len(names), "first_loss": round(float(first), 4), "best_loss": round(float(best), 4),
+          "updates": sum(len(curve["loss"]) for curve in curves.values()),
+          "stopped": {name: int((outcome.reason_k == i).sum()) for i, name in enumerate(REASONS) if i}}
+
+
+def prepare(settings: Settings, ws: Workspace, task: str):
+  """The compiled steps (not yet run) and the frozen parameters of a task, whose CDM is its own."""
+  sd, schedule = stable_diffusion.load(resolve(ws.models.sd, "sd"), remat=settings.remat)
+  graphdef, params = nnx.split(Guide(sd, cdm.load(ws.cdm_encoder, ws.cdm_head(task))))
+  compiled = compile_steps(settings, ws.seed, gradient_path(settings, schedule), graphdef, ws.mesh)
+  return compiled, jax.device_put(params, mesh.replicated(ws.mesh))
+
+
+def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
+  """Learns the tokens of both tasks; `learned_embeds.safetensors` holds those of the test task."""
+  width = ws.mesh.size * settings.slots_per_body
+  check(settings.slots % width == 0, "tokens.slots", settings.slots, f"a multiple of {width}: slots_per_body "
+        "times the devices of the mesh")
+  results = {}
+  for name, task in ws.tasks.items():
+    compiled, params = prepare(settings, ws, name)
+    outcome = learn_task(settings, ws, task, compiled, params, folder)
+    results[name] = write_outcome(outcome, [ws.dataset.names[label] for label in task.unseen], name, folder)
+    ws.log.say(f"tokens ({name}): {results[name]}")
+  return results

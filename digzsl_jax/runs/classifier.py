@@ -1,0 +1,174 @@
+"""Trains zero-shot classifiers on real images of seen classes and made images of unseen ones.
+
+For each task one classifier for each source of the unseen images: "learned" (class tokens), "plain" (the
+name alone, same noise) and "real" (real training images, where the data set has them: the upper bound).
+They share seen images, initial weights and the number of unseen images, so only the source differs.
+
+Leaves the folders `<task>_<source>` and `features.safetensors`: rows of all generated images under
+`<task>.<source>`, `[u, m, f]`.
+
+Shapes: n real seen image, u unseen class, m image of a class, f feature row, k class (seen, then unseen),
+s source.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from digzsl_jax import checkpoint
+from digzsl_jax.data import generated, splits
+from digzsl_jax.logs import Log
+from digzsl_jax.models import cdm, hub
+from digzsl_jax.models.classifier import Classifier
+from digzsl_jax.workspace import Workspace, check, resolve
+
+NEEDS = ("cdm", "generate")
+FEATURES = ("pooled", "embedding", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How the classifiers are trained: full-batch AdamW with cosine decay to zero.
+
+  Attributes:
+    features: "pooled" state of the encoder, CLIP's image "embedding", or "all" (both side by side).
+    hidden: width of a hidden layer, 0 for a linear classifier.
+    images: of each unseen class, at most as many as were generated.
+    steps: updates.
+  """
+
+  features: str
+  hidden: int
+  images: int
+  steps: int
+  learning_rate: float
+  weight_decay: float
+
+  def __post_init__(self):
+    check(self.features in FEATURES, "features", self.features, f"one of {FEATURES}")
+    check(self.hidden >= 0, "hidden", self.hidden, "0 (linear) or more")
+    for field in ("images", "steps"):
+      check(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+    check(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+    check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+
+
+def encode_generated(encode: Callable[[np.ndarray], np.ndarray], folder: pathlib.Path, names: Sequence[str],
+                     log: Log) -> dict[str, np.ndarray]:
+  """Feature rows `[u, m, f]` of a task's generated images, by source, classes in the order of `names`."""
+  manifest, features = generated.read_manifest(folder, names), {}
+  for source in manifest["files"]:
+    rows = []
+    with log.progress(len(names) * manifest["images"], f"encode {folder.name} {source}") as bar:
+      for images_nijc in generated.batches(folder, manifest, source, names):
+        rows.append(encode(images_nijc))
+        bar.update(len(images_nijc))
+    features[source] = np.concatenate(rows).reshape(len(names), manifest["images"], -1)
+  return features
+
+
+def real_images(features_nf: np.ndarray, labels_n: np.ndarray, unseen: Sequence[int],
+                count: int) -> np.ndarray:
+  """`[u, count, f]`: of each class the first `count` rows, repeated from the start where there are fewer."""
+  rows_um = np.stack([np.resize(np.flatnonzero(labels_n == label), count) for label in unseen])
+  return features_nf[rows_um]
+
+
+def columns(features: str, width: int, total: int) -> tuple[int, int]:
+  """Which columns of a feature row `features` means; `width` is that of the pooled part."""
+  if features == "embedding" and total == width:
+    raise ValueError('config.classifier.features is "embedding", but a ViT has no image embedding: use '
+                     '"pooled"')
+  return {"pooled": (0, width), "embedding": (width, total), "all": (0, total)}[features]
+
+
+def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sumf: np.ndarray,
+        settings: Settings) -> tuple[list[Classifier], np.ndarray]:
+  """Minimises the cross-entropy, every class with equal weight; all sources in one compiled call.
+
+  Args:
+    labels_n: positions among the seen classes, which are the first columns of the logits.
+
+  Returns:
+    `(one classifier of each source, their last losses)`.
+  """
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+  tx = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps),
+                   weight_decay=settings.weight_decay)
+  loss_of = optax.softmax_cross_entropy_with_integer_labels
+  count_k = np.bincount(labels_n)
+  sources, unseen, made, _ = unseen_sumf.shape
+  weight_n = 1 / count_k[labels_n]
+  unseen_labels_r = np.repeat(np.arange(unseen) + len(count_k), made)
+
+  def train(params, rest, seen_nf, unseen_rf):
+    def objective(params):
+      logits = nnx.merge(graphdef, params, rest)
+      seen = jnp.sum(weight_n * loss_of(logits(seen_nf), labels_n))
+      return (seen + jnp.sum(loss_of(logits(unseen_rf), unseen_labels_r)) / made) / (len(count_k) + unseen)
+
+    def update(carry, _):
+      params, optimiser = carry
+      loss, grads = jax.value_and_grad(objective)(params)
+      updates, optimiser = tx.update(grads, optimiser, params)
+      return (optax.apply_updates(params, updates), optimiser), loss
+
+    (params, _), loss_t = jax.lax.scan(update, (params, tx.init(params)), length=settings.steps)
+    return params, loss_t[-1]
+
+  unseen_srf = unseen_sumf.reshape(sources, unseen * made, -1)
+  trained, loss_s = jax.jit(jax.vmap(train, in_axes=(None, None, None, 0)))(params, rest, seen_nf, unseen_srf)
+  trained = [jax.tree.map(lambda leaf: leaf[row], trained) for row in range(sources)]
+  return [nnx.merge(graphdef, params, rest) for params in trained], np.asarray(loss_s)
+
+
+def train_task(settings: Settings, task: splits.Task, features: dict[str, np.ndarray],
+               made: dict[str, np.ndarray], width: int, ws: Workspace, folder: pathlib.Path) -> dict:
+  """Trains and writes the classifiers of one task.
+
+  Args:
+    features: of real images, by field of the task.
+    made: of generated images, `[u, m, f]` by source.
+    width: of the pooled part of a feature row.
+  """
+  unseen = {source: rows_umf[:, :settings.images] for source, rows_umf in made.items()}
+  if (fewest := min(rows_umf.shape[1] for rows_umf in unseen.values())) < settings.images:
+    raise ValueError(f"config.classifier.images is {settings.images}, but {fewest} images of each class were "
+                     "generated; lower it or raise config.generate.images")
+  if task.real_unseen is not None:
+    unseen["real"] = real_images(features["real_unseen"], task.real_unseen.labels_n, task.unseen,
+                                 settings.images)
+  position = {label: row for row, label in enumerate(task.seen)}
+  labels_n = np.array([position[label] for label in task.train.labels_n.tolist()])
+  classes = [ws.dataset.names[label] for label in (*task.seen, *task.unseen)]
+  used = columns(settings.features, width, features["train"].shape[1])
+  model = Classifier(used, settings.hidden, len(classes), rngs=nnx.Rngs(ws.seed))
+  model.standardise_by(features["train"])
+  models, loss_s = fit(model, features["train"], labels_n, np.stack(list(unseen.values())), settings)
+  for source, model in zip(unseen, models):
+    hub.save(model, folder / f"{task.name}_{source}", dtype=np.float32, config={
+        "columns": used, "hidden": settings.hidden, "classes": classes, "source": source})
+  return {f"{task.name}_{source}": {"loss": round(float(loss), 4)} for source, loss in zip(unseen, loss_s)}
+
+
+def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
+  """Returns the last loss of each classifier."""
+  encoder = cdm.load_encoder(ws.config["cdm"]["encoder"], ws.clip, resolve(ws.models.clip, "clip"))
+  encode, summary, cached = cdm.batched(encoder), {}, {}
+  real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
+  for name, task in ws.tasks.items():
+    names = [ws.dataset.names[label] for label in task.unseen]
+    made = encode_generated(encode, ws.folder("generate") / name, names, ws.log)
+    cached |= {f"{name}.{source}": rows_umf for source, rows_umf in made.items()}
+    features = {field: rows_nf for key, rows_nf in real.items() for of_task, field in [key.split(".")]
+                if of_task == name}
+    summary |= train_task(settings, task, features, made, encoder.width, ws, folder)
+    ws.log.say(f"classifier: {name}: {summary}")
+  checkpoint.write_arrays(folder / "features.safetensors", cached)
+  return summary

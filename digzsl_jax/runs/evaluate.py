@@ -1,0 +1,219 @@
+"""Measures the classifiers and the generated images, and writes `results.json`.
+
+Accuracies follow `metrics.py`; in the file they are in percent. Whatever must be chosen (lambda) is chosen
+on the validation task, whose unseen classes are seen classes of the data set; what is chosen on test
+data says so ("oracle").
+
+Shapes: n test image (seen classes' first), k class (seen, then unseen), u unseen class, m generated image
+of a class, f feature row, p width of the text space, h w pixel, c colour, l value of lambda.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digzsl_jax import checkpoint, logs, losses, metrics
+from digzsl_jax.data import generated, splits
+from digzsl_jax.models import cdm, hub, judge
+from digzsl_jax.models.classifier import Classifier
+from digzsl_jax.workspace import Workspace, check, resolve
+
+NEEDS = ("cdm", "generate", "classifier")
+METHODS = {"learned": "dig_zsl", "plain": "plain_sd", "real": "real_images"}  # by source of unseen images
+CHOSEN, ORACLE = "validation classes", "test (oracle)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How lambda is chosen.
+
+  Attributes:
+    lambdas: how many values, evenly from 0 to 1, both included.
+  """
+
+  lambdas: int
+
+  def __post_init__(self):
+    check(self.lambdas >= 2, "lambdas", self.lambdas, "at least 2")
+
+  @property
+  def lambda_l(self) -> np.ndarray:
+    return np.linspace(0, 1, self.lambdas).round(6)
+
+
+def percent(fraction: float) -> float:
+  return round(100 * float(fraction), 2)
+
+
+class Scores(NamedTuple):
+  """The test images of a task and the probabilities that each method gives them."""
+
+  labels_n: np.ndarray  # columns of the probabilities
+  is_seen_k: np.ndarray
+  names_k: list[str]
+  probabilities_nk: dict[str, np.ndarray]  # by method
+
+  def curve(self, method: str, lambda_l: np.ndarray) -> metrics.Curve:
+    return metrics.lambda_curve(self.probabilities_nk[method], self.labels_n, self.is_seen_k, lambda_l,
+                                self.names_k)
+
+
+def softmax(logits_nk: jax.Array) -> np.ndarray:
+  return np.asarray(jax.nn.softmax(logits_nk, axis=-1))
+
+
+def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]) -> Scores:
+  """Probabilities of the baselines without images (CLIP, CDM) and of the classifiers.
+
+  Args:
+    real: feature rows of stage cdm.
+  """
+  classes = (*task.seen, *task.unseen)
+  names = [ws.dataset.names[label] for label in classes]
+  position = {label: row for row, label in enumerate(classes)}
+  labels_n = np.array([position[label] for chosen in (task.test_seen, task.test_unseen)
+                       for label in chosen.labels_n.tolist()])
+  prototypes_kp = ws.prototypes_kd[list(classes)]
+  features_nf = np.concatenate([real[f"{task.name}.test_seen"], real[f"{task.name}.test_unseen"]])
+  embeds_np = features_nf[:, -prototypes_kp.shape[1]:]
+  if ws.config["cdm"]["encoder"] != cdm.CLIP:
+    encode = cdm.batched(cdm.Encoder(ws.clip, resolve(ws.models.clip, "clip")))
+    images = (task.test_seen.images_nhwc, task.test_unseen.images_nhwc)
+    embeds_np = np.concatenate([encode(images_nhwc) for images_nhwc in images])[:, -prototypes_kp.shape[1]:]
+  found = {"clip_zero_shot": softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_np @ prototypes_kp.T)}
+  for kind in cdm.KINDS:
+    folder = ws.folder("cdm") / f"{task.name}_{kind}"
+    if folder.exists():  # a ViT has no residual head
+      embeds = losses.normalise(cdm.load_head(folder)(features_nf))
+      found[f"cdm_prototype_{kind}"] = softmax(embeds @ prototypes_kp.T / ws.config["cdm"]["temperature"])
+  found["cdm_prototype"] = found[f"cdm_prototype_{ws.config['cdm']['kind']}"]
+  for source, method in METHODS.items():
+    folder = ws.folder("classifier") / f"{task.name}_{source}"
+    if folder.exists():  # not every data set has real images of unseen classes
+      found[method] = softmax(hub.load(Classifier, folder)(features_nf))
+  return Scores(labels_n, np.arange(len(classes)) < len(task.seen), names, found)
+
+
+def points(curve: metrics.Curve) -> list[dict[str, float]]:
+  return [{"lambda": float(lam), "U": percent(unseen), "S": percent(seen), "H": percent(harmonic)}
+          for lam, unseen, seen, harmonic in zip(*curve)]
+
+
+def conventional(scores: Scores, method: str) -> dict:
+  """T1: unseen test images, unseen classes alone."""
+  unseen, (labels_n, is_seen_k, names_k, found) = np.flatnonzero(~scores.is_seen_k), scores
+  rows_n = ~is_seen_k[labels_n]
+  said_n = metrics.restricted_predictions(found[method][rows_n], unseen)
+  t1_u = metrics.class_accuracies(said_n, labels_n[rows_n], unseen, names_k)
+  return {"T1": percent(t1_u.mean()),
+          "T1_per_image": percent(metrics.per_image_accuracy(said_n, labels_n[rows_n])),
+          "per_class": {names_k[k]: percent(t1) for k, t1 in zip(unseen, t1_u)}}
+
+
+def generalised(scores: Scores, method: str, lam: float, chosen_on: str) -> dict:
+  """U, S, H: all test images, all classes."""
+  labels_n, is_seen_k, names_k, found = scores
+  said_n = metrics.calibrated_predictions(found[method], is_seen_k, lam)
+  all_k = metrics.class_accuracies(said_n, labels_n, range(len(names_k)), names_k)
+  unseen, seen = all_k[~is_seen_k].mean(), all_k[is_seen_k].mean()
+  return {"U": percent(unseen), "S": percent(seen), "H": percent(metrics.harmonic_mean(unseen, seen)),
+          "lambda": lam, "lambda_chosen_on": chosen_on,
+          "per_class": {name: percent(share) for name, share in zip(names_k, all_k)}}
+
+
+def measure(scores: Scores, lambdas: Mapping[str, float], oracle: Mapping[str, float] | None = None) -> dict:
+  """What `results.json` says of one task's accuracies; `lambdas` and `oracle` by method."""
+  entries = {}
+  for method in scores.probabilities_nk:
+    entries[method] = {"czsl": conventional(scores, method),
+                       "gzsl": generalised(scores, method, lambdas[method], CHOSEN)}
+    if oracle:
+      entries[method]["gzsl_oracle"] = generalised(scores, method, oracle[method], ORACLE)
+  t1 = {source: entries[method]["czsl"]["T1"] for source, method in METHODS.items() if method in entries}
+  closed = metrics.gap_closed(t1["learned"], t1["plain"], t1["real"]) if "real" in t1 else None
+  return entries.pop(METHODS["learned"]) | {"baselines": entries,
+                                            "gap_closed": None if closed is None else round(closed, 4)}
+
+
+def judge_hits(ws: Workspace, folder: pathlib.Path, manifest: dict, source: str,
+               names: Sequence[str]) -> dict[str, np.ndarray]:
+  """Share of each class's images in which the judge sees that class, exactly and up to mixed-up words."""
+  model, config = ws.judge
+  graphdef, params = nnx.split(model)
+  apply = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images.astype(jnp.float32) / 127.5 - 1))
+  seen = [{head: np.argmax(logits, -1) for head, logits in apply(params, images_nhwc).items()}
+          for images_nhwc in generated.batches(folder, manifest, source, names)]
+  targets = [judge.targets(config, name) for name in names]
+  exact, pairs = [], []
+  for head, labels in config["heads"].items():
+    said_um = np.concatenate([chunk[head] for chunk in seen]).reshape(len(names), -1)
+    wanted_u1 = np.array([target[head] for target in targets])[:, None]
+    group = np.arange(len(labels))  # labels of one group count as the same
+    for pair in config["pairs"]:
+      members = [labels.index(label) for label in pair if label in labels]
+      group[members] = members[:1] * len(members)
+    exact.append(said_um == wanted_u1)
+    pairs.append(group[said_um] == group[wanted_u1])
+  return {"judge_agreement": np.all(exact, 0).mean(1), "judge_pair_agreement": np.all(pairs, 0).mean(1)}
+
+
+def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) -> dict:
+  """How often the CDM and the judge recognise the class of a generated image.
+
+  Args:
+    made: feature rows `[u, m, f]` of stage classifier.
+
+  Returns:
+    percentages for "learned" and, under `plain_sd_*`, "plain"; "per_class" holds the same by name.
+  """
+  names = [ws.dataset.names[label] for label in task.unseen]
+  folder = ws.folder("generate") / task.name
+  manifest = generated.read_manifest(folder, names)
+  head = cdm.load_head(ws.folder("cdm") / f"{task.name}_{ws.config['cdm']['kind']}")
+  prototypes_up = ws.prototypes_kd[list(task.unseen)]
+  found = {}
+  for source, prefix in (("learned", ""), ("plain", "plain_sd_")):
+    rows_umf = made[f"{task.name}.{source}"]
+    cosines = losses.normalise(head(rows_umf.reshape(-1, rows_umf.shape[-1]))) @ prototypes_up.T
+    said_um = np.argmax(cosines, -1).reshape(rows_umf.shape[:2])
+    hits = {"cdm_agreement": (said_um == np.arange(len(names))[:, None]).mean(1)}
+    if ws.judge is not None:
+      hits |= judge_hits(ws, folder, manifest, source, names)
+    found |= {prefix + key: share_u for key, share_u in hits.items()}
+  per_class = {name: {key: percent(share_u[row]) for key, share_u in found.items()}
+               for row, name in enumerate(names)}
+  return {key: percent(share_u.mean()) for key, share_u in found.items()} | {"per_class": per_class}
+
+
+def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
+  """Writes `results.json` in the work folder; returns its headline numbers."""
+  real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
+  made = checkpoint.read_arrays(ws.folder("classifier") / "features.safetensors")
+  scores = {name: read_scores(ws, task, real) for name, task in ws.tasks.items()}
+  curves = {name: {method: found.curve(method, settings.lambda_l) for method in found.probabilities_nk}
+            for name, found in scores.items()}
+  best = {name: {method: metrics.choose_lambda(curve) for method, curve in found.items()}
+          for name, found in curves.items()}
+  measured = {"test": measure(scores["test"], best["validation"], best["test"]),
+              "validation": measure(scores["validation"], best["validation"])}
+  for name, task in ws.tasks.items():
+    measured[name]["generated"] = agreement(ws, task, made)
+  results = measured["test"] | {
+      "dataset": ws.dataset.name, "classes": {"seen": len(ws.dataset.seen), "unseen": len(ws.dataset.unseen)},
+      "seed": ws.seed, "validation": measured["validation"], "devices": logs.devices(),
+      "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in ("learned", "plain")},
+      "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items()
+                  if (stage.folder / "done.json").exists()}}
+  checkpoint.write_json(ws.workdir / "results.json", results)
+  headline = {key: results["czsl"][key] for key in ("T1", "T1_per_image")}
+  headline |= {key: results["gzsl"][key] for key in ("U", "S", "H", "lambda")}
+  headline["plain_sd_T1"] = results["baselines"][METHODS["plain"]]["czsl"]["T1"]
+  headline["gap_closed"] = results["gap_closed"]
+  ws.log.say(f"evaluate: {headline}")
+  return headline

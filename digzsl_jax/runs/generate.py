@@ -1,0 +1,150 @@
+"""Generates images of the unseen classes, with the learnt tokens and, on the same noise, without.
+
+Images are addressed by class and index: `<task>/<source>/<class>/<index>.png`. Work goes in batches of a
+fixed composition, and a batch whose files are all there is skipped, so a killed run goes on in the middle
+of a class and ends with the same bytes.
+
+Shapes: b row of a compiled body, k class, h w pixel or latent position, z latent channel, d text width.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digzsl_jax import checkpoint, diffusion, mesh
+from digzsl_jax.data import images, prompts, splits
+from digzsl_jax.models import stable_diffusion
+from digzsl_jax.workspace import TOKENS, Workspace, check
+
+NEEDS = ("tokens",)
+NOISE_STREAM = 2  # keeps the noise of generation apart from the noise of learning
+SOURCES = ("learned", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How images are generated.
+
+  Attributes:
+    images: per class and source (N_gen).
+    sampler: "ddim", "pndm" or "dpm++", "" for the checkpoint's own.
+    steps: sampler steps.
+    guidance: classifier-free guidance scale.
+    batch: rows of one compiled body, so each device's share of a batch.
+  """
+
+  images: int
+  sampler: str
+  steps: int
+  guidance: float
+  batch: int
+
+  def __post_init__(self):
+    for name in ("images", "steps", "batch"):
+      check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+class Rows(NamedTuple):
+  """What one image is made from."""
+
+  label_b: jax.Array  # class number in the data set, addresses the noise with the index
+  index_b: jax.Array
+  ids_bl: jax.Array
+  slot_b: jax.Array
+  token_bd: jax.Array
+
+
+class Job(NamedTuple):
+  """One image to make."""
+
+  source: str
+  row: int  # among the task's unseen classes
+  index: int
+
+
+def compile_sampler(settings: Settings, seed: int, schedule: diffusion.Schedule, graphdef: nnx.GraphDef,
+                    devices: jax.sharding.Mesh):
+  """The compiled `(frozen, rows) -> images` with `frozen = (params, ids of the empty prompt)`."""
+  sampler = diffusion.make_sampler(schedule, settings.steps, settings.sampler or schedule.kind)
+  root = jax.random.fold_in(jax.random.key(seed), NOISE_STREAM)
+
+  def generate(frozen, rows):
+    params, null_l = frozen
+    sd = nnx.merge(graphdef, params)
+    one = lambda label, index: jax.random.normal(jax.random.fold_in(jax.random.fold_in(root, label), index),
+                                                 sd.latent_shape)
+    noise_bhwz = jax.vmap(one)(rows.label_b, rows.index_b)
+    text_bld = sd.text(rows.ids_bl, rows.slot_b, rows.token_bd)
+    denoise = diffusion.guide(sd.unet, text_bld, sd.text(null_l[None]), settings.guidance)
+    images_bhwc = sd.decode(diffusion.sample(denoise, noise_bhwz, sampler))
+    return jnp.round((images_bhwc + 1) * 127.5).astype(jnp.uint8)
+
+  return mesh.compile_chunked(generate, devices, settings.batch, lambda rows: jnp.bool_(True))
+
+
+def slug(name: str) -> str:
+  """A class name as a folder name; a digest keeps names apart that differ in other characters only."""
+  plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+  return plain if plain.replace("-", " ") == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def task_prompts(ws: Workspace, task: splits.Task, folder: pathlib.Path) -> dict[str, list]:
+  """Ids, token position and token of every unseen class, by source; `plain` keeps the initial word."""
+  template, initial = ws.config["tokens"]["template"], ws.config["tokens"]["initial"]
+  learned = checkpoint.read_arrays(folder / TOKENS[task.name])
+  made = {source: [] for source in SOURCES}
+  for label in task.unseen:
+    name = ws.dataset.names[label]
+    ids_l, slot = ws.sd_tokenizer.encode_with_slot(template, prompts.class_name(name), initial=initial)
+    for source, token_d in (("learned", learned[name]), ("plain", ws.initial_token)):
+      made[source].append((label, ids_l, slot, token_d))
+  return made
+
+
+def batch_rows(jobs: list[Job], made: dict[str, list], size: int) -> Rows:
+  """Rows of one batch; the last batch is filled up with copies of its last row, which are thrown away."""
+  jobs = jobs + jobs[-1:] * (size - len(jobs))
+  label_b, ids_bl, slot_b, token_bd = map(np.array, zip(*(made[job.source][job.row] for job in jobs)))
+  return Rows(label_b, np.array([job.index for job in jobs]), ids_bl, slot_b, token_bd)
+
+
+def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate, frozen, folder: pathlib.Path) -> dict:
+  """Makes what is missing of a task's images and writes its manifest."""
+  names = [ws.dataset.names[label] for label in task.unseen]
+  made = task_prompts(ws, task, ws.folder("tokens"))
+  jobs = [Job(*job) for job in itertools.product(SOURCES, range(len(names)), range(settings.images))]
+  path = lambda job: folder / task.name / job.source / slug(names[job.row]) / f"{job.index:05d}.png"
+  size = settings.batch * ws.mesh.size
+  # Batches start at multiples of the mesh-wide size: rows of a body stay `batch` whatever the mesh.
+  batches = [jobs[start:start + size] for start in range(0, len(jobs), size)]
+  todo = [batch for batch in batches if not all(path(job).exists() for job in batch)]
+  bar = ws.log.progress(len(jobs), f"generate ({task.name})", done=len(jobs) - sum(map(len, todo)))
+  for batch in todo:
+    rows = jax.device_put(batch_rows(batch, made, size), mesh.by_class(ws.mesh))
+    for job, image_hwc in zip(batch, np.asarray(generate(frozen, rows))):
+      images.write_png(path(job), image_hwc)
+    bar.update(len(batch))
+  bar.close()
+  files = {source: {name: [] for name in names} for source in SOURCES}
+  for job in jobs:
+    files[job.source][names[job.row]].append(str(path(job).relative_to(folder / task.name)))
+  manifest = {"classes": names, "images": settings.images, "sources": list(SOURCES), "seed": ws.seed, "files": files}
+  checkpoint.write_json(folder / task.name / "manifest.json", manifest)
+  return {"images": len(jobs), "made_now": sum(map(len, todo))}
+
+
+def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
+  """Generates for both tasks."""
+  sd, schedule = ws.sd
+  graphdef, params = nnx.split(sd)
+  generate = compile_sampler(settings, ws.seed, schedule, graphdef, ws.mesh)
+  frozen = jax.device_put((params, jnp.asarray(ws.sd_tokenizer([""])[0])), mesh.replicated(ws.mesh))
+  return {name: generate_task(settings, ws, task, generate, frozen, folder) for name, task in ws.tasks.items()}

@@ -1,0 +1,343 @@
+"""Trains the small CLIP, Stable Diffusion and judge of a world, and writes them as checkpoints.
+
+Parts, each a stage with checkpoints and exact resume: `tokenizer`, `vae`, `clip`, `judge`, `sd`, and
+`export`, which copies the finished folders (Hugging Face / diffusers layout, float16) to where they ship.
+
+Shapes: n picture of the corpus, b row of a batch, h w pixel or latent position, c colour, z latent
+channel, l caption position, d embedding.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from digzsl_jax import checkpoint, diffusion, losses
+from digzsl_jax.data import fashion_mnist, scenes, tokenizer
+from digzsl_jax.logs import Log
+from digzsl_jax.models import clip, hub, judge, unet, vae
+
+HELD_OUT = 512  # pictures at the end of the corpus that no part trains on
+SAVE_EVERY = 500  # updates between checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """AdamW with linear warm-up, cosine decay to zero, gradient clipping at norm 1 and an average of weights."""
+
+  steps: int
+  batch: int
+  learning_rate: float
+  weight_decay: float = 0.01
+  average: float = 0.999
+
+  def optimiser(self) -> optax.GradientTransformation:
+    rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, min(200, self.steps // 10), self.steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=self.weight_decay))
+
+
+class TrainState(NamedTuple):
+  step: jax.Array
+  params: nnx.State
+  average: nnx.State
+  optimiser: optax.OptState
+
+
+class Corpus(NamedTuple):
+  """Captioned pictures; `labels` are class names, the truth that captions may miss."""
+
+  images_nhwc: np.ndarray
+  captions: list[str]
+  labels: list[str]
+  words: tuple[str, ...]
+
+
+def load_corpus(settings: Mapping, seed: int) -> Corpus:
+  """Pictures, captions and true names of a world, in an order that has no meaning."""
+  count, mixup = settings["images"], settings["mixup"]
+  if settings["name"] == "scenes":
+    images, captions, attributes_na = scenes.web_corpus(count, seed, mixup=mixup,
+                                                        target_share=settings["target_share"])
+    return Corpus(images, captions, [scenes.NAMES[k] for k in scenes.class_number(*attributes_na.T)], scenes.WORDS)
+  if settings["name"] == "fashion_mnist":
+    images, captions, labels = fashion_mnist.web_corpus(settings["folder"], count, seed, mixup)
+    return Corpus(images, captions, [fashion_mnist.NAMES[k] for k in labels], fashion_mnist.WORDS)
+  raise ValueError(f"corpus.name is {settings['name']!r}; known: 'scenes', 'fashion_mnist'")
+
+
+def fit(name: str, training: Training, model: nnx.Module, loss: Callable, data: Any, folder: pathlib.Path,
+        log: Log, seed: int, frozen: Any = None) -> nnx.Module:
+  """Minimises `loss(model, frozen, batch, key) -> (scalar, metrics)`; returns the averaged model.
+
+  Args:
+    data: pytree of arrays with a leading picture axis; the last `HELD_OUT` rows only measure.
+    frozen: arrays handed to `loss` unchanged.
+  """
+  graphdef, params = nnx.split(model)
+  tx, rows = training.optimiser(), jax.tree.leaves(data)[0].shape[0] - HELD_OUT
+
+  def value(params, frozen, batch, key):
+    return loss(nnx.merge(graphdef, params), frozen, batch, key)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state, frozen, data):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    picks = jax.random.randint(jax.random.fold_in(key, 0), (training.batch,), 0, rows)
+    batch = jax.tree.map(lambda leaf: leaf[picks], data)
+    grads, metrics = jax.grad(value, has_aux=True)(state.params, frozen, batch, jax.random.fold_in(key, 1))
+    updates, optimiser = tx.update(grads, state.optimiser, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(training.average, (1 + state.step) / (10 + state.step))
+    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
+    return TrainState(state.step + 1, params, average, optimiser), metrics
+
+  held_out = jax.tree.map(lambda leaf: leaf[-HELD_OUT:], data)
+  measure = jax.jit(lambda params, frozen, batch: value(params, frozen, batch, jax.random.key(0))[1])
+  state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
+  state = checkpoint.load_state(folder / "state.safetensors", state) or state
+  bar = log.progress(training.steps, name, done=int(state.step))
+  while (step := int(state.step)) < training.steps:
+    state, metrics = update(state, frozen, data)
+    bar.update()
+    if (step + 1) % 100 == 0:
+      log.metrics(name, step + 1, **{k: float(v) for k, v in metrics.items()})
+      bar.set_postfix({k: f"{float(v):.3g}" for k, v in metrics.items()})
+    if (step + 1) % SAVE_EVERY == 0 or step + 1 == training.steps:
+      checkpoint.save_state(folder / "state.safetensors", state)
+      held = {f"held_out_{k}": round(float(v), 5) for k, v in measure(state.average, frozen, held_out).items()}
+      log.metrics(name, step + 1, **held)
+      log.say(f"{name} {step + 1}/{training.steps}: " + ", ".join(f"{k} {v}" for k, v in held.items()))
+  bar.close()
+  return nnx.merge(graphdef, state.average)
+
+
+def build(model_type: type[nnx.Module], config: Mapping, seed: int) -> nnx.Module:
+  """A freshly initialised model, initialised in one compiled call (eager initialisation is slow)."""
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_type.from_json(config, rngs=nnx.Rngs(seed))))
+  state = jax.jit(lambda: nnx.state(model_type.from_json(config, rngs=nnx.Rngs(seed))))()
+  return nnx.merge(graphdef, state)
+
+
+def to_images(images_bhwc: jax.Array) -> jax.Array:
+  return images_bhwc.astype(jnp.float32) / 127.5 - 1
+
+
+def vae_loss(model: vae.AutoencoderKL, frozen: float, images_bhwc: jax.Array, key: jax.Array):
+  """L1 + MSE + weighted KL (arXiv 2112.10752 without its adversarial and perceptual terms)."""
+  target = to_images(images_bhwc)
+  mean, logvar = model.encode(target)
+  latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+  error = model.decode(latents) - target
+  kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
+  mse = jnp.mean(error**2)
+  psnr = 10 * jnp.log10(4 / mse)  # images span [-1, 1]
+  return jnp.abs(error).mean() + mse + frozen * kl, {"psnr": psnr, "kl": kl}
+
+
+def clip_loss(model: clip.CLIPModel, frozen: None, batch, key: jax.Array):
+  """Symmetric cross-entropy over the batch (arXiv 2103.00020, figure 3)."""
+  images_bhwc, ids_bl = batch
+  loss, accuracy = losses.clip(model.encode_image(to_images(images_bhwc))[0], model.encode_text(ids_bl)[0],
+                               jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0))))
+  return loss, {"loss": loss, "accuracy": accuracy}
+
+
+def judge_loss(model: judge.Judge, frozen: None, batch, key: jax.Array):
+  """Cross-entropy of every head on pictures with random blur and noise, so that soft edges do not decide."""
+  images_bhwc, labels = batch
+  images, (blur_key, noise_key) = to_images(images_bhwc), jax.random.split(key)
+  rows = (images.shape[0], 1, 1, 1)
+  padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+  blurred = sum(padded[:, i:i + images.shape[1], j:j + images.shape[2]] for i in range(3) for j in range(3)) / 9
+  amount = jax.random.uniform(blur_key, rows)
+  images = images + amount * (blurred - images) + 0.1 * jax.random.normal(noise_key, images.shape)
+  logits = model(images)
+  loss = sum(optax.softmax_cross_entropy_with_integer_labels(logits[head], labels[head]).mean() for head in logits)
+  right = jnp.stack([logits[head].argmax(-1) == labels[head] for head in logits]).all(0)
+  return loss, {"loss": loss, "accuracy": right.mean()}
+
+
+class Denoising(nnx.Module):
+  """The parts of Stable Diffusion that learn together: text tower and denoiser."""
+
+  def __init__(self, text: clip.CLIPTextModel, denoiser: unet.UNet2DConditionModel):
+    self.text_encoder = text
+    self.unet = denoiser
+
+
+def sd_loss(schedule: diffusion.Schedule, drop: float, model: Denoising, null_l: jax.Array, batch, key: jax.Array):
+  """Mean squared error of the predicted noise or velocity; captions dropped with probability `drop`."""
+  latents_bhwz, ids_bl = batch
+  drop_key, time_key, noise_key = jax.random.split(key, 3)
+  rows = latents_bhwz.shape[0]
+  ids_bl = jnp.where(jax.random.uniform(drop_key, (rows, 1)) < drop, null_l, ids_bl)
+  noise = jax.random.normal(noise_key, latents_bhwz.shape)
+  # Stratified times: every batch covers the whole range, which steadies the loss.
+  times_b = (jnp.arange(rows) + jax.random.uniform(time_key, (rows,))) / rows
+  times_b = jnp.minimum((times_b * len(schedule.alphas_cumprod)).astype(jnp.int32), len(schedule.alphas_cumprod) - 1)
+  noisy = diffusion.add_noise(schedule, latents_bhwz, noise, times_b)
+  target = diffusion.training_target(schedule, latents_bhwz, noise, times_b)
+  output = model.unet(noisy, times_b, model.text_encoder(ids_bl)[0])
+  loss = jnp.mean((output - target) ** 2)
+  return loss, {"loss": loss}
+
+
+@dataclasses.dataclass
+class World:
+  """What the parts share while they run: corpus, folders, log."""
+
+  corpus: Corpus
+  workdir: pathlib.Path
+  log: Log
+  seed: int
+
+  @functools.cached_property
+  def tokenizer(self) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer.from_folder(self.workdir / "tokenizer")
+
+  @functools.cached_property
+  def ids_nl(self) -> jax.Array:
+    return jnp.asarray(self.tokenizer(self.corpus.captions))
+
+  @functools.cached_property
+  def images_nhwc(self) -> jax.Array:
+    return jnp.asarray(self.corpus.images_nhwc)
+
+  def fit(self, name: str, part: Mapping, model: nnx.Module, loss: Callable, data: Any, frozen: Any = None):
+    return fit(name, Training(**part["training"]), model, loss, data, self.workdir / name, self.log, self.seed,
+               frozen)
+
+
+def text_config(world: World, config: Mapping) -> dict:
+  """A text tower's config with what the tokenizer decides filled in."""
+  words = world.tokenizer
+  return dict(config, model_type="clip_text_model", vocab_size=words.vocab_size, bos_token_id=words.bos_id,
+              eos_token_id=words.eos_id, pad_token_id=words.pad_id, max_position_embeddings=words.length)
+
+
+def train_tokenizer(world: World, part: Mapping) -> dict:
+  tokenizer.train_bpe(world.corpus.words, world.workdir / "tokenizer", length=part["length"])
+  return {"vocabulary": world.tokenizer.vocab_size}
+
+
+def train_vae(world: World, part: Mapping) -> dict:
+  config = dict(part["model"], _class_name="AutoencoderKL", scaling_factor=1.0)
+  model = world.fit("vae", part, build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
+                    frozen=part["kl"])
+  latents = encode(model, world.images_nhwc[:4096])
+  config["scaling_factor"] = float(1 / latents.std())  # unit variance, as Stable Diffusion's 0.18215
+  hub.save(model, world.workdir / "vae", config, file_name="diffusion_pytorch_model.safetensors")
+  return {"scaling_factor": config["scaling_factor"]}
+
+
+def encode(model: vae.AutoencoderKL, images_nhwc: jax.Array, batch: int = 512) -> jax.Array:
+  """Latent means of all pictures, unscaled."""
+  graphdef, params = nnx.split(model)
+  mean = jax.jit(lambda params, images: nnx.merge(graphdef, params).encode(to_images(images))[0])
+  return jnp.concatenate([mean(params, images_nhwc[i:i + batch]) for i in range(0, len(images_nhwc), batch)])
+
+
+def train_clip(world: World, part: Mapping) -> dict:
+  config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": part["projection_dim"],
+            "text_config": text_config(world, dict(part["text"], projection_dim=part["projection_dim"])),
+            "vision_config": dict(part["vision"], model_type="clip_vision_model",
+                                  projection_dim=part["projection_dim"])}
+  model = world.fit("clip", part, build(clip.CLIPModel, config, world.seed), clip_loss,
+                    (world.images_nhwc, world.ids_nl))
+  hub.save(model, world.workdir / "clip", config)
+  checkpoint.write_json(world.workdir / "clip" / "preprocessor_config.json", preprocessor(part["vision"]["image_size"]))
+  return {"logit_scale": float(jnp.exp(model.logit_scale[...]))}
+
+
+def preprocessor(size: int) -> dict:
+  """For transformers' CLIPImageProcessor: images of this size, [0, 1] to [-1, 1]."""
+  return {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
+          "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
+          "rescale_factor": 1 / 255, "do_normalize": True, "do_convert_rgb": True, "image_mean": [0.5] * 3,
+          "image_std": [0.5] * 3}
+
+
+def train_judge(world: World, part: Mapping) -> dict:
+  config = part["model"]
+  rows = [judge.targets(config, name) for name in world.corpus.labels]
+  labels = {head: jnp.array([row[head] for row in rows]) for head in config["heads"]}
+  model = world.fit("judge", part, build(judge.Judge, config, world.seed), judge_loss, (world.images_nhwc, labels))
+  hub.save(model, world.workdir / "judge", config)
+  return {}
+
+
+def train_sd(world: World, part: Mapping) -> dict:
+  """Text tower and denoiser on latents; leaves a whole diffusers folder."""
+  folder, autoencoder = world.workdir / "sd", hub.load(vae.AutoencoderKL, world.workdir / "vae")
+  latents = encode(autoencoder, world.images_nhwc) * autoencoder.scaling_factor
+  text = text_config(world, part["text"]) | {"architectures": ["CLIPTextModel"]}
+  denoiser = dict(part["unet"], _class_name="UNet2DConditionModel", cross_attention_dim=text["hidden_size"])
+  scheduler = dict(part["scheduler"])
+  model = Denoising(build(clip.CLIPTextModel, text, world.seed),
+                    build(unet.UNet2DConditionModel, denoiser, world.seed + 1))
+  loss = functools.partial(sd_loss, diffusion.Schedule.from_config(scheduler), part["drop"])
+  null_l = jnp.asarray(world.tokenizer([""]))[0]
+  model = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=null_l)
+  hub.save(model.text_encoder, folder / "text_encoder", text)
+  hub.save(model.unet, folder / "unet", denoiser, file_name="diffusion_pytorch_model.safetensors")
+  checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+  return {}
+
+
+MODEL_INDEX = {
+    "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
+    "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+
+
+def export(world: World, part: Mapping) -> dict:
+  """Copies the checkpoints, without training state, to `part["folder"]`, replacing what was there."""
+  target = pathlib.Path(part["folder"]).expanduser() if part["folder"] else world.workdir / "export"
+  scheduler = checkpoint.read_json(world.workdir / "sd" / "scheduler" / "scheduler_config.json")
+  sources = {"clip": ["clip", "tokenizer"], "judge": ["judge"], "sd/tokenizer": ["tokenizer"], "sd/vae": ["vae"],
+             **{f"sd/{name}": [f"sd/{name}"] for name in ("text_encoder", "unet", "scheduler")}}
+  for name, folders in sources.items():
+    shutil.rmtree(target / name, ignore_errors=True)
+    for folder in folders:
+      shutil.copytree(world.workdir / folder, target / name, dirs_exist_ok=True,
+                      ignore=shutil.ignore_patterns("state.safetensors", "inputs.json", "done.json"))
+  index = MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
+  checkpoint.write_json(target / "sd" / "model_index.json", index)
+  files = sorted(p for p in target.rglob("*.safetensors"))
+  return {"bytes": sum(p.stat().st_size for p in files), "sha256": checkpoint.fingerprint_folder(target)}
+
+
+PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
+         "export": export}
+NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": ("tokenizer", "vae"),
+         "export": ("tokenizer", "vae", "clip", "judge", "sd")}
+
+
+def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None:
+  """Runs the parts named in `config["stages"]`, each skipped when its result is there."""
+  if unknown := set(config["stages"]) - set(PARTS):
+    raise ValueError(f"stages: {sorted(unknown)} unknown; pretrain has {list(PARTS)}")
+  world, stages = None, {}
+  for name, function in PARTS.items():
+    inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
+              **{need: stages[need].fingerprint for need in NEEDS[name]}}
+    stages[name] = stage = checkpoint.Stage(workdir / name, inputs)
+    if name not in config["stages"] or stage.finished():
+      continue
+    if world is None:
+      log.say(f"corpus: {config['corpus']['images']} captioned pictures of {config['corpus']['name']}")
+      world = World(load_corpus(config["corpus"], config["seed"]), workdir, log, config["seed"])
+    start = time.monotonic()
+    results = function(world, config[name])
+    stage.finish(results | {"seconds": round(time.monotonic() - start, 1)})
+    log.say(f"{name}: {stage.results()}")

@@ -1,0 +1,385 @@
+"""results.json, tokens and pictures of a DIG-ZSL run -> report.html, one page that loads nothing.
+
+Reads, beside what the stages `tokens` and `generate` leave, `results.json` of the stage `evaluate`. Of its
+keys only `dataset` and `czsl` have to be there; a part of the page whose numbers are missing is left out.
+Accuracies and agreements are in percent. `czsl.per_class`, of the run and of each baseline, is {class: T1};
+`generated.per_class` is {class: {keys as in `generated`}}, where `plain_sd_` begins what belongs to plain
+Stable Diffusion. `lambda_curve` and `n_gen_curve` hold, by source ("learned", "plain"), lists of {"lambda" or
+"n_gen": x, "U":, "S":, "H":}.
+
+Shapes: n image, h w pixel, c colour channel.
+"""
+
+import base64
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from digzsl_jax import checkpoint
+from digzsl_jax import report_page as page
+from digzsl_jax.data import generated as generated_images
+from digzsl_jax.data import images
+from digzsl_jax.report_page import Html, join, tag
+from digzsl_jax.workspace import TOKENS, Workspace, check
+
+NEEDS = ("tokens", "generate", "evaluate")
+OURS, PLAIN = "DIG-ZSL, learnt tokens", "Plain Stable Diffusion"
+SOURCES = {"learned": OURS, "plain": PLAIN}
+SCORES = ("T1", "U", "S", "H")
+BASELINES = {"cdm_prototype_residual": "CDM prototype, residual", "cdm_prototype_mlp": "CDM prototype, MLP",
+             "clip_zero_shot": "CLIP zero-shot", "real_images": "Real images (bound)"}
+AGREEMENTS = {"cdm_agreement": "CDM", "judge_agreement": "Judge", "judge_pair_agreement": "Judge (pair)"}
+LOWER_IS_BETTER = ("fid", "kid")
+STOPS = {"accuracy": "target reached", "patience": "no more progress", "cap": "step limit", "nan": "diverged"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What the page shows.
+
+  Attributes:
+    images_per_class: generated pictures of each unseen class and source.
+    thumbnail: longest side in pixels; larger pictures are reduced to it.
+    published: rows (method, T1, U, S, H) to print below ours, in percent, None for an unknown number.
+  """
+
+  images_per_class: int
+  thumbnail: int
+  published: tuple[tuple[str, float | None, float | None, float | None, float | None], ...]
+
+  def __post_init__(self):
+    check(self.images_per_class >= 1, "images_per_class", self.images_per_class, "at least 1")
+    check(self.thumbnail >= 8, "thumbnail", self.thumbnail, "at least 8 pixels")
+    for row in self.published:
+      good = (isinstance(row, tuple | list) and len(row) == 5 and isinstance(row[0], str)
+              and all(value is None or page.known(value) for value in row[1:]))
+      check(good, "published", row, "rows (method, T1, U, S, H), numbers in percent or None")
+
+
+def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, Any]:
+  """Writes `report.html` into the working directory."""
+  path = ws.workdir / "results.json"
+  if not path.exists():
+    raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")
+  results = checkpoint.read_json(path)
+  parts = [header(results, ws), headline(results, settings.published), other_measures(results),
+           grids(results, ws, settings), class_bars(results, ws.dataset.names), token_map(ws),
+           loss_curves(ws), *setting_curves(results), stage_times(results, ws.stages),
+           appendix(results, ws.config)]
+  text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
+  checkpoint.write_text(ws.workdir / "report.html", text)
+  return {"bytes": len(text)}
+
+
+def ordered(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """`found` in the order of `names`, which a JSON file does not keep; what has no name comes last."""
+  return {name: found[name] for name in (*(n for n in names if n in found), *found)}
+
+
+def scores(entry: Mapping[str, Any], gzsl: str = "gzsl") -> dict[str, Any]:
+  """T1, U, S, H, lambda of results or of a baseline, whether nested in czsl and gzsl or flat."""
+  found = {**entry, **(entry.get("czsl") or {}), **(entry.get(gzsl) or {})}
+  return {name: found.get(name) for name in (*SCORES, "lambda")}
+
+
+def baseline(results: Mapping, name: str) -> Mapping:
+  return results.get("baselines", {}).get(name, {})
+
+
+def header(results: Mapping, ws: Workspace) -> Html:
+  """Title, the finding in words, and what it was measured with."""
+  classes = results.get("classes", {})
+  pairs = [("Data set", results["dataset"]),
+           ("Classes", f"{classes.get('seen', '?')} seen, {classes.get('unseen', '?')} unseen"),
+           ("Seed", results.get("seed", ws.seed)), ("Devices", results.get("devices", "not recorded")),
+           ("Time", duration(sum(results.get("seconds", {}).values())))]
+  versions = ws.workdir / "versions.json"
+  if versions.exists():
+    found = ordered(checkpoint.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
+    pairs.append(("Versions", ", ".join(f"{name} {version}" for name, version in found.items())))
+  return join(tag("header", tag("h1", f"DIG-ZSL on {results['dataset']}"),
+                  tag("p", verdict(results), class_="verdict"), page.facts(pairs)), alarm(results))
+
+
+def verdict(results: Mapping) -> str:
+  """What happened, in a few sentences, also when it is nothing or a loss."""
+  ours, plain = scores(results), scores(baseline(results, "plain_sd"))
+  generated = results.get("generated", {})
+  ours["Judge"], plain["Judge"] = (generated.get(f"{source}judge_agreement") for source in ("", "plain_sd_"))
+  if not (page.known(ours["T1"]) and page.known(plain["T1"])):
+    return f"T1 on the unseen classes: {page.number(ours['T1'])} %."
+  gain = ours["T1"] - plain["T1"]
+  verb = "raise" if gain > 0.05 else "lower" if gain < -0.05 else "do not change"
+  text = (f"Learnt class tokens {verb} T1 on the unseen classes: {plain['T1']:.1f} \u2192 {ours['T1']:.1f} % "
+          f"({gain:+.1f} points against plain Stable Diffusion on the same noise)")
+  if page.known(closed := results.get("gap_closed")) and closed > 0:
+    text += f", {100 * closed:.0f} % of the way to real training images"
+  for key, label in (("H", "Seen and unseen together: H"), ("Judge", "Pictures that the judge recognises:")):
+    if page.known(ours[key]) and page.known(plain[key]):
+      text += f". {label} {plain[key]:.1f} \u2192 {ours[key]:.1f} %"
+  return text + "."
+
+
+def alarm(results: Mapping) -> Html | None:
+  """The sign of tokens that please the CDM without showing the class."""
+  found = results.get("generated", {})
+  keys = [(f"{kind}_agreement", f"plain_sd_{kind}_agreement") for kind in ("cdm", "judge")]
+  if not all(page.known(found.get(key)) for pair in keys for key in pair):
+    return None
+  cdm, judge = (found[ours] - found[plain] for ours, plain in keys)
+  if not cdm > 0 > judge:
+    return None
+  return tag("p", tag("b", "The tokens may be fooling the CDM: "), f"its agreement rises by {cdm:.1f} points "
+             f"while that of the independent judge falls by {-judge:.1f}.", class_="alarm")
+
+
+def baseline_rows(baselines: Mapping) -> Iterator[tuple[str | None, str, Mapping]]:
+  """(CSS class, name, entry) of each baseline but plain_sd."""
+  guide = baselines.get("cdm_prototype")  # the same numbers as those of the kind that guides the tokens
+  for key, entry in ordered(baselines, BASELINES).items():
+    name = BASELINES.get(key, spoken(key))
+    if key.startswith("cdm_prototype_") and entry == guide:
+      name += " (guides the tokens)"
+    if key not in ("plain_sd", "cdm_prototype"):
+      yield "real" if key == "real_images" else None, name, entry
+
+
+def spoken(key: str) -> str:
+  return key.replace("_", " ")
+
+
+def headline(results: Mapping, published: Sequence) -> Html:
+  """The table of results: ours, plain, difference, baselines, oracle, published."""
+  generated, plain = results.get("generated", {}), baseline(results, "plain_sd")
+  agreements = [key for key in AGREEMENTS if page.known(generated.get(key))]
+  columns = (*SCORES, "lambda", *agreements)
+
+  def row(kind, name, entry):
+    return kind, [name, *(page.number(entry.get(key), 2 if key == "lambda" else 1) for key in columns)]
+
+  ours = scores(results) | generated
+  rows = [row("learned", OURS, ours)]
+  if plain:
+    base = scores(plain) | {key: generated.get(f"plain_sd_{key}") for key in agreements}
+    changes = ("" if key == "lambda" else page.change(ours[key], base[key]) or "" for key in columns)
+    rows += [row("plain", PLAIN, base), ("delta", ["Difference in points", *changes])]
+  baselines = baseline_rows(results.get("baselines", {}))
+  rows += [row(kind, name, scores(entry)) for kind, name, entry in baselines]
+  rows += [row("oracle", f"{name.split(',')[0]}, oracle \u03bb", scores(entry, "gzsl_oracle"))
+           for name, entry in ((OURS, results), (PLAIN, plain)) if "gzsl_oracle" in entry]
+  rows += [row("published", f"{name} (published)", dict(zip(SCORES, values))) for name, *values in published]
+  return page.section(
+    "accuracy", "Accuracy", "Compare the first two rows, where only the token differs, and then the bound on "
+    "real images, which says how much there was to gain.",
+    page.table(["", *SCORES, "\u03bb", *(AGREEMENTS[key] for key in agreements)], rows),
+    tag("p", "All in percent. T1: mean per-class accuracy among the unseen classes. U and S: that of unseen "
+        "and of seen test pictures among all classes; H: their harmonic mean; \u03bb: the calibration, "
+        "chosen on validation classes. CDM and Judge: generated pictures recognised as their class, by the "
+        "guide and a classifier that never guides, exactly or up to words that captions mix up. Bounds, "
+        "not results: \u201creal images\u201d trains the same classifier on real pictures of the unseen "
+        "classes, and an oracle row chooses \u03bb on the test pictures.", class_="note"))
+
+
+def other_measures(results: Mapping) -> Html | None:
+  """What else was measured of the generated pictures of both sources."""
+  generated, rows = results.get("generated", {}), []
+  for key, ours in generated.items():
+    plain = generated.get(f"plain_sd_{key}")
+    if key not in AGREEMENTS and page.known(ours) and page.known(plain):
+      better = page.change(ours, plain, higher_is_better=not key.startswith(LOWER_IS_BETTER))
+      rows.append((None, [spoken(key).replace("fid", "FID"), page.number(plain), page.number(ours), better]))
+  if not rows:
+    return None
+  return page.section(
+    "generated", "Generated pictures", "What the pictures show, apart from any classifier trained on them; "
+    "green is better.", page.table(["", "plain", "learnt", "difference"], rows, wide=False))
+
+
+def data_uri(image_hwc: np.ndarray, longest: int) -> str:
+  """A PNG inside the page, reduced to `longest` pixels where it is larger."""
+  picture, buffer = Image.fromarray(image_hwc), io.BytesIO()
+  picture.thumbnail((longest, longest))
+  picture.save(buffer, format="PNG")
+  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def strip(pictures: Sequence[np.ndarray], columns: int, source: str, name: str, longest: int) -> Html:
+  cells = (tag("img", src=data_uri(picture, longest), alt=f"{name}, {source}, {index}",
+               class_="pixels" if max(picture.shape[:2]) <= 64 else None)
+           for index, picture in enumerate(pictures))
+  return tag("div", *cells, class_=f"strip {source}",
+             style=f"grid-template-columns: repeat({columns}, minmax(0, 1fr))")
+
+
+def agreement_table(found: Mapping) -> Html | None:
+  """Agreement of one class's pictures, plain beside learnt."""
+  rows = [(None, [label, page.number(found.get(f"plain_sd_{key}"), 0), page.number(found.get(key), 0)])
+          for key, label in AGREEMENTS.items() if page.known(found.get(key))]
+  heads = ("%", tag("span", "plain", class_="plain"), tag("span", "learnt", class_="learned"))
+  return page.table(heads, rows, wide=False) if rows else None
+
+
+def grids(results: Mapping, ws: Workspace, settings: Settings) -> Html:
+  """Per unseen class: plain above learnt, a column per noise, and real pictures beside."""
+  folder, real = ws.folder("generate") / "test", ws.dataset.test_unseen
+  names = {ws.dataset.names[label]: label for label in ws.dataset.unseen}
+  manifest = generated_images.read_manifest(folder, list(names))
+  files = ordered(manifest["files"], ("plain", "learned"))
+  per_class = results.get("generated", {}).get("per_class", {})
+  columns = min(settings.images_per_class, manifest["images"])
+  side = max(1, columns // 2)  # real pictures get half the columns, in as many rows
+  rows = []
+  for name, label in names.items():
+    strips = [strip([images.read_png(folder / path) for path in paths[name][:columns]], columns, source, name,
+                    settings.thumbnail) for source, paths in files.items()]
+    real_nhwc = real.images_nhwc[real.labels_n == label][:side * len(files)]
+    rows.append(tag("article", tag("div", tag("h3", name), agreement_table(per_class.get(name, {}))),
+                    tag("div", *strips), strip(real_nhwc, side, "real", name, settings.thumbnail),
+                    class_="pair"))
+  head = tag("div", tag("span"), page.legend(*((source, SOURCES[source]) for source in files)),
+             page.legend(("real", "real test pictures, for the eye only")), class_="pair head")
+  return page.section(
+    "pictures", "Plain and learnt on the same noise", "Pictures above one another start from the same noise, "
+    "so what differs comes from the token: look for the attribute that the plain picture gets wrong, and for "
+    "tints or fragments that the token brought in.", head, *rows)
+
+
+def class_bars(results: Mapping, names: Sequence[str]) -> Html | None:
+  """T1 of each unseen class, plain and learnt, and the bound."""
+  ours, plain, real = ((entry.get("czsl") or {}).get("per_class") or {} for entry in (
+      results, baseline(results, "plain_sd"), baseline(results, "real_images")))
+  if not ours:
+    return None
+  shown = {source: values for source, values in (("plain", plain), ("learned", ours)) if values}
+  series = [(source, SOURCES[source]) for source in shown]
+  rows = [(name, [values.get(name) for values in shown.values()]) for name in ordered(ours, names)]
+  keys = page.legend(*series, *([("real", "trained on real images (stroke)")] if real else []))
+  return page.section(
+    "classes", "Accuracy by class", "T1 of each unseen class in percent: between the bars lies what the "
+    "token brought, between bar and stroke what generation still lacks.", keys,
+    page.bars(rows, series, 100, "T1 by class", [real.get(name) for name, _ in rows]))
+
+
+def token_map(ws: Workspace) -> Html | None:
+  """t-SNE of all tokens and of the word that they start from."""
+  initial = ws.config["tokens"]["initial"]
+  [word] = ws.sd_tokenizer.ids(initial)
+  start_d = np.asarray(ws.sd[0].text_encoder.embed(jnp.array([[word]]))[0, 0])
+  points = [(initial, "cross", start_d)]
+  for task, marker in (("test", "dot"), ("validation", "ring")):
+    if (path := ws.folder("tokens") / TOKENS[task]).exists():
+      found = ordered(checkpoint.read_arrays(path), ws.dataset.names)
+      points += [(name, marker, vector_d) for name, vector_d in found.items()]
+  if len(points) < 5:
+    return None
+  placed = page.tsne(np.stack([vector_d for *_, vector_d in points]), min(30, (len(points) - 1) / 3)).tolist()
+  marks = [(*place, name, marker) for place, (name, marker, _) in zip(placed, points)]
+  return page.section(
+    "tokens", "Token map", "t-SNE of the class tokens (dots are unseen classes, rings validation classes, "
+    "the cross the word from which all start): tokens that lie together are similar words to the generator, "
+    "so look for neighbours that share an attribute; axes and long distances mean nothing.",
+    tag("figure", page.scatter(marks, "t-SNE of the tokens")))
+
+
+def loss_curves(ws: Workspace) -> Html | None:
+  """A small panel per class, all on one scale; validation classes folded away."""
+  paths = {task: ws.folder("tokens") / f"{task}_curves.json" for task in TOKENS}
+  found = {task: ordered(checkpoint.read_json(path), ws.dataset.names) for task, path in paths.items()
+           if path.exists()}
+  losses = [v for curves in found.values() for c in curves.values() for v in c["loss"] if page.known(v)]
+  if not losses:
+    return None
+  limit = float(np.quantile(losses, 0.99)) * 1.1 or 1.0
+  panels = {task: tag("div", *(loss_panel(*pair, limit) for pair in curves.items()), class_="many")
+            for task, curves in found.items()}
+  if "validation" in panels:
+    panels["validation"] = tag("details", tag("summary", "Validation classes"), panels["validation"])
+  keys = page.legend(("learned", "loss (numbers on the axis)"),
+                     ("other", "CDM accuracy, bottom 0, top 100 %"), ("real", "step whose token is kept"))
+  return page.section(
+    "losses", "Token learning", "One panel per class, all on one axis: a falling line and a rising thin one "
+    "mean that the token leads the generator to the class, a flat pair that it never did.", keys,
+    *panels.values())
+
+
+def loss_panel(name: str, curve: Mapping, limit: float) -> Html:
+  loss, accuracy, kept = curve["loss"], curve.get("accuracy", []), curve.get("best_step")
+  axes = page.Axes(230, 120, (0, max(len(loss) - 1, 1)), (0, limit), (28, 8, 6, 18))
+  share = dataclasses.replace(axes, y_range=(0, 1))
+  shown = [min(v, limit) if page.known(v) else None for v in loss]
+  svg = axes.svg(f"loss of {name}", axes.frame(count=3),
+                 None if kept is None else axes.vertical(kept, "real"),
+                 share.curve(range(len(accuracy)), accuracy, "thin other"),
+                 axes.curve(range(len(loss)), shown, "learned"))
+  stop = STOPS.get(curve.get("stopped"), "")
+  return tag("figure", tag("h3", name), svg, tag("figcaption", f"{len(loss)} steps" + (stop and f", {stop}")))
+
+
+def setting_curves(results: Mapping) -> Iterator[Html]:
+  """U, S and H against the calibration and against the number of generated pictures."""
+  guides = {
+    "lambda": ("Calibration", "\u03bb", "A larger \u03bb takes more from the scores of seen classes, so U "
+               "rises and S falls; the chosen \u03bb should stand near the top of H, and its distance to the "
+               "oracle is what choosing without test pictures costs."),
+    "n_gen": ("Number of generated pictures", "generated pictures per class", "Where the lines go flat, more "
+              "pictures per class teach the classifier nothing new.")}
+  for key, (title, label, guide) in guides.items():
+    found = results.get(f"{key}_curve") or {}
+    entries = {"learned": results, "plain": baseline(results, "plain_sd")}
+    panels = [setting_panel(key, label, SOURCES[source], found[source], entry)
+              for source, entry in entries.items() if found.get(source)]
+    if panels:
+      yield page.section(f"{key}-curve", title, guide, tag("div", *panels, class_="panels"))
+
+
+def setting_panel(key: str, label: str, title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
+  points = sorted(points, key=lambda point: point[key])
+  xs = [point[key] for point in points]
+  axes = page.Axes(500, 290, (xs[0], xs[-1]), (0, 100), (34, 62, 36, 34))
+  parts = [axes.frame(label)]
+  marks = {"oracle": ("gzsl_oracle", "other dash", 14), "chosen": ("gzsl", "h", 0)} if key == "lambda" else {}
+  for name, (gzsl, kind, lift) in marks.items():
+    found = scores(entry, gzsl)
+    if (gzsl in entry or name == "chosen") and page.known(found["lambda"]):
+      if xs[0] <= found["lambda"] <= xs[-1]:
+        text = f"{name} {found['lambda']:.3g}, H {page.number(found['H'])}"
+        parts.append(axes.vertical(found["lambda"], kind, text, lift))
+  lines = {name: [point.get(name) for point in points] for name in "USH" if page.known(points[-1].get(name))}
+  heights = page.spread([axes.y(ys[-1]) + 4 for ys in lines.values()], 13)
+  for (name, ys), height in zip(lines.items(), heights):
+    text = tag("text", f"{name} {ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height, class_=f"value {name.lower()}")
+    parts += (axes.curve(xs, ys, name.lower()), text)
+  return tag("figure", tag("h3", title), axes.svg(f"{title}: U, S, H against {label}", *parts))
+
+
+def duration(seconds: float) -> str:
+  if seconds < 90:
+    return f"{seconds:.1f} s"
+  return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def stage_times(results: Mapping, stages: Iterable[str]) -> Html | None:
+  seconds = ordered(results.get("seconds", {}), stages)
+  if not seconds:
+    return None
+  rows = [(name, [value]) for name, value in seconds.items()]
+  return page.section(
+    "times", "Stage times", "Seconds of each stage before the evaluation, compilation included: the longest "
+    "bar is the one to speed up.",
+    page.bars(rows, [("other", "seconds")], max(*seconds.values(), 1e-9), "seconds by stage", digits=1))
+
+
+def appendix(results: Mapping, config: Mapping) -> Html:
+  """The validation task, on which settings were chosen, and the config, to repeat the run."""
+  blocks = {"Numbers of the validation classes": results.get("validation"), "Config": config}
+  folded = (tag("details", tag("summary", name), tag("pre", json.dumps(value, indent=2, default=str)))
+            for name, value in blocks.items() if value)
+  return page.section("appendix", "To repeat it", "What was measured on the validation classes, on which "
+                      "settings are chosen, and the settings themselves.", *folded)

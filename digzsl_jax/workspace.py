@@ -1,0 +1,179 @@
+"""What the stages of one run share: its data, frozen models, mesh, log and the folders of other stages.
+
+Shapes: k class, d embedding, l position.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digzsl_jax import checkpoint, diffusion, losses, mesh
+from digzsl_jax.data import prompts, splits, tokenizer
+from digzsl_jax.logs import Log
+from digzsl_jax.models import cdm, clip, hub, judge, stable_diffusion
+
+T = TypeVar("T")
+EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
+TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
+WORLDS = pathlib.Path(__file__).parent / "worlds"
+
+
+def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
+  """Builds the dataclass `kind` from a config section.
+
+  Raises:
+    ValueError: a field that `kind` does not know, one that is missing, or a value it refuses.
+  """
+  known = {field.name for field in dataclasses.fields(kind)}
+  if unknown := sorted(set(section) - known):
+    raise ValueError(f"config.{name}: unknown fields {unknown}; known are {sorted(known)}")
+  if missing := sorted(known - set(section)):
+    raise ValueError(f"config.{name}: fields {missing} are missing")
+  try:
+    return kind(**section)
+  except ValueError as error:
+    raise ValueError(f"config.{name}.{error}") from error
+
+
+def check(good: bool, field: str, value: Any, legal: str) -> None:
+  """For `__post_init__` of settings: one message that names the field, its value and what is legal."""
+  if not good:
+    raise ValueError(f"{field} is {value!r}; it must be {legal}")
+
+
+def resolve(path: str, field: str) -> pathlib.Path:
+  """Folder of a checkpoint: a path, or `embedded:world/name` for one that ships with the package."""
+  folder = WORLDS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else pathlib.Path(path).expanduser()
+  if not folder.is_dir():
+    raise ValueError(f"config.models.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
+                     f"folder, or one of {[EMBEDDED + str(p.relative_to(WORLDS)) for p in sorted(WORLDS.glob('*/*/'))]}")
+  return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """Where the frozen models are.
+
+  Attributes:
+    clip: CLIP folder with its tokenizer.
+    sd: diffusers folder of Stable Diffusion.
+    judge: judge folder, or "" for none.
+    prototype_template: prompt of the class prototypes, with `{name}`.
+  """
+
+  clip: str
+  sd: str
+  judge: str
+  prototype_template: str
+
+  def __post_init__(self):
+    prompts.check_template(self.prototype_template)
+
+
+@dataclasses.dataclass
+class Workspace:
+  """Lazily loaded, so that a stage which is skipped costs nothing.
+
+  Attributes:
+    config: the resolved config, sections by stage name beside `seed`, `data`, `models`, `mesh`.
+    stages: the stages that ran or were skipped before this one, by name.
+  """
+
+  config: Mapping[str, Any]
+  workdir: pathlib.Path
+  log: Log
+  stages: dict[str, checkpoint.Stage] = dataclasses.field(default_factory=dict)
+
+  def stage(self, name: str, needs: tuple[str, ...]) -> checkpoint.Stage:
+    """The folder of stage `name`, fingerprinted by its section, seed, data, models and needed stages."""
+    inputs = {"seed": self.seed, "data": self.config["data"], "models": self.model_fingerprints,
+              name: self.config[name], "stages": {need: self.stages[need].fingerprint for need in needs}}
+    self.stages[name] = checkpoint.Stage(self.workdir / name, inputs)
+    return self.stages[name]
+
+  def folder(self, name: str) -> pathlib.Path:
+    """The folder of a finished stage."""
+    if not self.stages[name].finished():
+      raise ValueError(f"stage {name} has not finished in {self.workdir}; add it to --config.stages")
+    return self.stages[name].folder
+
+  @property
+  def seed(self) -> int:
+    return self.config["seed"]
+
+  @functools.cached_property
+  def models(self) -> ModelSettings:
+    return parse(ModelSettings, self.config["models"], "models")
+
+  @functools.cached_property
+  def model_fingerprints(self) -> dict[str, str]:
+    paths = {name: getattr(self.models, name) for name in ("clip", "sd", "judge")}
+    return {"prototype_template": self.models.prototype_template,
+            **{name: checkpoint.fingerprint_folder(resolve(path, name)) for name, path in paths.items() if path}}
+
+  @functools.cached_property
+  def mesh(self) -> jax.sharding.Mesh:
+    return mesh.make(self.config["mesh"]["devices"])
+
+  @functools.cached_property
+  def dataset(self) -> splits.Dataset:
+    return splits.load(self.config["data"])
+
+  @functools.cached_property
+  def tasks(self) -> dict[str, splits.Task]:
+    """`validation` (seen classes treated as unseen, to choose settings) and `test`."""
+    return splits.tasks(self.dataset)
+
+  @functools.cached_property
+  def clip(self) -> clip.CLIPModel:
+    return hub.load(clip.CLIPModel, resolve(self.models.clip, "clip"))
+
+  @functools.cached_property
+  def clip_tokenizer(self) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "clip"))
+
+  @functools.cached_property
+  def sd(self) -> tuple[stable_diffusion.StableDiffusion, diffusion.Schedule]:
+    return stable_diffusion.load(resolve(self.models.sd, "sd"))
+
+  @functools.cached_property
+  def sd_tokenizer(self) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "sd") / "tokenizer")
+
+  @functools.cached_property
+  def initial_token(self) -> np.ndarray:
+    """`[d]`: the embedding of the word that every class token starts from."""
+    [word] = self.sd_tokenizer.ids(self.config["tokens"]["initial"])
+    return np.asarray(self.sd[0].text_encoder.embed(jnp.array([[word]]))[0, 0])
+
+  @functools.cached_property
+  def judge(self) -> tuple[judge.Judge, dict] | None:
+    """The judge and its config, which names its heads; None where the world ships none."""
+    if not self.models.judge:
+      return None
+    folder = resolve(self.models.judge, "judge")
+    return hub.load(judge.Judge, folder), hub.read_json(folder / "config.json")
+
+  @functools.cached_property
+  def cdm_encoder(self) -> cdm.Encoder:
+    """The frozen part of the category discrimination model."""
+    return cdm.load_encoder(self.config["cdm"]["encoder"], self.clip, resolve(self.models.clip, "clip"))
+
+  def cdm_head(self, task: str) -> pathlib.Path:
+    """The folder of a task's trained head, of the kind that guides tokens."""
+    return self.folder("cdm") / f"{task}_{self.config['cdm']['kind']}"
+
+  @functools.cached_property
+  def prototypes_kd(self) -> np.ndarray:
+    """Unit CLIP text embeddings of all class names, rows in the order of `dataset.names`."""
+    texts = prompts.prompts(self.models.prototype_template, self.dataset.names)
+    graphdef, params = nnx.split(self.clip)
+    encode = jax.jit(lambda params, ids: losses.normalise(nnx.merge(graphdef, params).encode_text(ids)[0]))
+    return np.asarray(encode(params, jnp.asarray(self.clip_tokenizer(texts))))

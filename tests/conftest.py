@@ -1,0 +1,57 @@
+"""Every test runs on eight virtual CPU devices with exact float32 products."""
+
+import os
+
+# Before jax is imported anywhere: it reads both only once. What the environment says goes first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_configure(config):
+  # Most of the time goes into compiling; what was compiled stays in this checkout's .pytest_cache.
+  if hasattr(config, "cache") and not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+  """A folder with random `clip` and `sd` of the smallest useful size, as `runs/pretrain.py` writes them."""
+  from configs import pretrain_scenes
+  from digzsl_jax import checkpoint, logs
+  from digzsl_jax.runs import pretrain
+  monkeypatch = pytest.MonkeyPatch()
+  monkeypatch.setattr(pretrain, "fit", lambda name, training, model, *rest: model)
+  config = pretrain_scenes.get_config()
+  config.corpus.images = 600
+  config.vae.model.block_out_channels = (8, 8, 8)
+  config.clip.vision.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, patch_size=8)
+  config.clip.text.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+  config.sd.text.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+  config.sd.unet.block_out_channels = (16, 16)
+  config.judge.model.width = 8
+  folder = tmp_path_factory.mktemp("world")
+  config.export.folder = str(folder / "models")
+  pretrain.run(config.to_dict(), folder / "run", logs.Log(folder / "run"), False)
+  monkeypatch.undo()
+  return folder / "models"
+
+
+@pytest.fixture
+def tiny_config(tiny_world):
+  """The quickstart on `tiny_world`: seconds to run, its numbers mean nothing."""
+  from configs import quickstart
+  config = quickstart.get_config()
+  config.data.update(train_per_class=8, test_per_class=4)
+  config.models.update(clip=str(tiny_world / "clip"), sd=str(tiny_world / "sd"), judge=str(tiny_world / "judge"))
+  config.cdm.update(hidden=16, steps=20, batch=32)
+  config.tokens.update(images=2, steps=2, slots=8, slots_per_body=1, check_every=2, max_updates=4)
+  config.generate.update(images=2, steps=2, batch=8)
+  config.classifier.update(images=2, steps=10)
+  return config

@@ -1,0 +1,100 @@
+"""The vision transformer against transformers on perturbed random weights, through real folders."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import jax
+import jax.numpy as jnp
+import safetensors.torch
+from flax import nnx
+
+from digzsl_jax.models import hub, vit
+
+CONFIG = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24,
+              patch_size=8)
+IMAGES = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+def _perturbed(model_type, **changes):
+  model = model_type(transformers.ViTConfig(**CONFIG, attn_implementation="eager", **changes))
+  generator = torch.Generator().manual_seed(1)
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+  return model.eval()
+
+
+def _pixels():
+  return torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
+
+
+def _close(ours, theirs):
+  ours, theirs = np.asarray(ours), theirs.detach().numpy()
+  assert ours.shape == theirs.shape
+  assert np.abs(theirs).max() > 0.01
+  assert np.abs(ours - theirs).max() <= 1e-5
+
+
+@pytest.mark.parametrize("act, bias", [("gelu", True), ("quick_gelu", False)])
+def test_feature_and_intermediates(tmp_path, act, bias):
+  theirs = _perturbed(transformers.ViTModel, hidden_act=act, qkv_bias=bias)
+  theirs.save_pretrained(tmp_path)
+  assert "pooler.dense.weight" in safetensors.torch.load_file(tmp_path / "model.safetensors")
+  with torch.no_grad():
+    wanted = theirs(_pixels(), output_hidden_states=True, output_attentions=True)
+  feature_bd, out = hub.load(vit.ViT, tmp_path)(IMAGES)
+  _close(feature_bd, wanted.last_hidden_state[:, 0])
+  _close(out["patches"], wanted.last_hidden_state[:, 1:])
+  assert len(out["hidden"]) == 3
+  for name, reference in (("hidden", wanted.hidden_states), ("attention", wanted.attentions)):
+    for ours, layer in zip(out[name], reference, strict=True):
+      _close(ours, layer)
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_classifier_is_kept_or_left_out(tmp_path, labels):
+  theirs = _perturbed(transformers.ViTForImageClassification, num_labels=labels)
+  theirs.save_pretrained(tmp_path)
+  feature_bd, out = hub.load(vit.ViT, tmp_path, classifier=True)(IMAGES)
+  _close(out["logits"], theirs(_pixels()).logits)
+  alone_bd, out = hub.load(vit.ViT, tmp_path)(IMAGES)
+  assert "logits" not in out
+  np.testing.assert_array_equal(alone_bd, feature_bd)
+
+
+@pytest.mark.parametrize("classifier", [False, True])
+def test_transformers_opens_what_save_writes(tmp_path, classifier):
+  config = CONFIG | {"model_type": "vit", "id2label": {str(k): f"class {k}" for k in range(5)}}
+  model = vit.ViT.from_json(config, classifier=classifier, rngs=nnx.Rngs(2))
+  hub.save(model, tmp_path, config, dtype=np.float32)
+  theirs, switches = ((transformers.ViTForImageClassification, {}) if classifier else
+                      (transformers.ViTModel, {"add_pooling_layer": False}))
+  opened, report = theirs.from_pretrained(tmp_path, output_loading_info=True, **switches)
+  assert not any(report.values()), report
+  feature_bd, out = model(IMAGES)
+  if classifier:
+    _close(out["logits"], opened(_pixels()).logits)
+  else:
+    _close(feature_bd, opened(_pixels()).last_hidden_state[:, 0])
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+  model = vit.ViT.from_json(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+  feature_bd, _ = model(IMAGES)
+  assert feature_bd.dtype == jnp.bfloat16
+  assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.float32)}
+
+
+def test_images_of_another_size_are_refused():
+  model = vit.ViT.from_json(CONFIG, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="32x24 pixels .* image_size 24"):
+    model(np.zeros((1, 32, 24, 3), np.float32))

@@ -1,0 +1,39 @@
+"""Pre-training: an interrupted fit ends as an undisturbed one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from digzsl_jax import checkpoint, logs
+from digzsl_jax.runs import pretrain
+
+
+def fit(folder, monkeypatch, steps, stop=None):
+  monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+  data = jax.random.normal(jax.random.key(0), (pretrain.HELD_OUT + 64, 3))
+  model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+  def loss(model, frozen, batch, key):
+    value = jnp.mean((model(batch) - batch.sum(-1, keepdims=True) + 0.1 * jax.random.normal(key, ())) ** 2)
+    return value, {"loss": value}
+
+  if stop:
+    save = checkpoint.save_state
+
+    def save_then_die(path, state):
+      save(path, state)
+      if int(state.step) == stop:
+        raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint, "save_state", save_then_die)
+  return pretrain.fit("part", pretrain.Training(steps, 8, 0.1), model, loss, data, folder, logs.Log(folder), 0)
+
+
+def test_resume_is_exact(tmp_path, monkeypatch):
+  whole = fit(tmp_path / "whole", monkeypatch, 6)
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    fit(tmp_path / "cut", patch, 6, stop=4)
+  resumed = fit(tmp_path / "cut", monkeypatch, 6)
+  assert float(jnp.abs(whole.kernel[...]).sum()) > 0
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))
