@@ -41,9 +41,9 @@ def pretrain() -> config_dict.ConfigDict:
           scheduler=dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
                          beta_end=0.012, num_train_timesteps=1000, prediction_type="v_prediction",
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
-          training=dict(steps=5000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
+          training=dict(steps=4000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
       export=dict(folder=""),
-  )
+  ).lock()
 
 
 def dig_zsl() -> config_dict.ConfigDict:
@@ -68,4 +68,4 @@ def dig_zsl() -> config_dict.ConfigDict:
       classifier=dict(features="all", hidden=0, images=32, steps=300, learning_rate=0.01, weight_decay=1e-4),
       evaluate=dict(lambdas=101),
       report=dict(images_per_class=8, thumbnail=48, published=()),
-  )
+  ).lock()

@@ -8,8 +8,9 @@ from configs import base
 
 def get_config():
   config = base.dig_zsl()
-  config.data = dict(name="fashion_mnist", folder="/usr/share/datasets/fashion-mnist", source="files",
-                     train_per_class=400, test_per_class=400, seed=0)
+  with config.unlocked():
+    config.data = dict(name="fashion_mnist", folder="/usr/share/datasets/fashion-mnist", source="files",
+                       train_per_class=400, test_per_class=400, seed=0)
   config.models.update(clip="embedded:fashion_mnist/clip", sd="embedded:fashion_mnist/sd",
                        judge="embedded:fashion_mnist/judge")
   config.tokens.update(slots=5, slots_per_body=5, images=8)

@@ -9,7 +9,8 @@ from configs import base
 def get_config():
   config = base.pretrain()
   config.corpus.name = "fashion_mnist"
-  config.judge.model.heads = dict(
-      kind=("tee", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"))
+  with config.unlocked():
+    config.judge.model.heads = dict(
+        kind=("tee", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"))
   config.judge.model.pairs = (("pullover", "coat", "shirt"), ("tee", "dress"), ("sandal", "sneaker", "boot"))
   return config

@@ -8,7 +8,7 @@ from configs import base
 
 def get_config():
   config = base.pretrain()
-  with config.judge.model.unlocked():
+  with config.unlocked():
     config.judge.model.heads = dict(
         texture=("plain", "striped", "checked"),
         colour=("crimson", "orange", "gold", "green", "teal", "violet"),

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import jax
 import tqdm
-from absl import logging
 from flax import nnx
 
 PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "tokenizers")

@@ -52,8 +52,9 @@ def resolve(path: str, field: str) -> pathlib.Path:
   """Folder of a checkpoint: a path, or `embedded:world/name` for one that ships with the package."""
   folder = WORLDS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else pathlib.Path(path).expanduser()
   if not folder.is_dir():
+    shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
     raise ValueError(f"config.models.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
-                     f"folder, or one of {[EMBEDDED + str(p.relative_to(WORLDS)) for p in sorted(WORLDS.glob('*/*/'))]}")
+                     f"folder, or one of {shipped}")
   return folder
 
 
@@ -147,6 +148,14 @@ class Workspace:
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "sd") / "tokenizer")
 
+  @property
+  def modules(self) -> dict[str, nnx.Module]:
+    """Every frozen model and the CDM's head, for the parameter table."""
+    sd = self.sd[0]
+    found = {"clip": self.clip, "cdm": self.new_cdm_head(), "sd.text_encoder": sd.text_encoder, "sd.unet": sd.unet,
+             "sd.vae": sd.vae}
+    return found | ({"judge": self.judge[0]} if self.judge else {})
+
   @functools.cached_property
   def initial_token(self) -> np.ndarray:
     """`[d]`: the embedding of the word that every class token starts from."""
@@ -165,6 +174,12 @@ class Workspace:
   def cdm_encoder(self) -> cdm.Encoder:
     """The frozen part of the category discrimination model."""
     return cdm.load_encoder(self.config["cdm"]["encoder"], self.clip, resolve(self.models.clip, "clip"))
+
+  def new_cdm_head(self) -> cdm.Head:
+    """An untrained head of the kind that guides tokens."""
+    section, encoder = self.config["cdm"], self.cdm_encoder
+    return cdm.Head(section["kind"], encoder.width, section["hidden"], self.prototypes_kd.shape[1],
+                    is_clip=encoder.is_clip, rngs=nnx.Rngs(self.seed))
 
   def cdm_head(self, task: str) -> pathlib.Path:
     """The folder of a task's trained head, of the kind that guides tokens."""

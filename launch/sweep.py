@@ -22,15 +22,15 @@ AVERAGED = "seed"
 COLUMNS = {  # title: path in results.json
     "T1": "czsl.T1",
     "H": "gzsl.H",
-    "plain SD T1": "baselines.plain_sd.T1",
-    "plain SD H": "baselines.plain_sd.H",
+    "plain SD T1": "baselines.plain_sd.czsl.T1",
+    "plain SD H": "baselines.plain_sd.gzsl.H",
     "CDM agr.": "generated.cdm_agreement",
     "plain SD CDM agr.": "generated.plain_sd_cdm_agreement",
     "judge agr.": "generated.judge_agreement",
     "plain SD judge agr.": "generated.plain_sd_judge_agreement",
-    "CDM prototype T1": "baselines.cdm_prototype.T1",
-    "real images T1": "baselines.real_images.T1",
-    "CLIP zero-shot T1": "baselines.clip_zero_shot.T1",
+    "CDM prototype T1": "baselines.cdm_prototype.czsl.T1",
+    "real images T1": "baselines.real_images.czsl.T1",
+    "CLIP zero-shot T1": "baselines.clip_zero_shot.czsl.T1",
 }
 
 

@@ -27,7 +27,7 @@ def tiny_world(tmp_path_factory):
   from digzsl_jax import checkpoint, logs
   from digzsl_jax.runs import pretrain
   monkeypatch = pytest.MonkeyPatch()
-  monkeypatch.setattr(pretrain, "fit", lambda name, training, model, *rest: model)
+  monkeypatch.setattr(pretrain, "fit", lambda name, training, model, *rest: (model, {}))
   config = pretrain_scenes.get_config()
   config.corpus.images = 600
   config.vae.model.block_out_channels = (8, 8, 8)
@@ -38,6 +38,7 @@ def tiny_world(tmp_path_factory):
   config.judge.model.width = 8
   folder = tmp_path_factory.mktemp("world")
   config.export.folder = str(folder / "models")
+  checkpoint.write_json(folder / "run" / "config.json", config.to_dict())
   pretrain.run(config.to_dict(), folder / "run", logs.Log(folder / "run"), False)
   monkeypatch.undo()
   return folder / "models"

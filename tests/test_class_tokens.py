@@ -1,7 +1,6 @@
 """Class tokens: equal on every mesh and after a kill, and stopped as the settings say."""
 
 import numpy as np
-import pytest
 
 from digzsl_jax import checkpoint, logs
 from digzsl_jax import main as command

@@ -12,7 +12,8 @@ from flax import nnx
 from digzsl_jax import checkpoint, losses
 from digzsl_jax.data import images, splits
 from digzsl_jax.models import cdm
-from digzsl_jax.runs import classifier as run_classifier, evaluate
+from digzsl_jax.runs import classifier as run_classifier
+from digzsl_jax.runs import evaluate
 
 NAMES = ("red", "green", "blue", "yellow", "cyan", "pink")
 COLOURS = np.array([[220, 20, 20], [20, 220, 20], [20, 20, 220], [200, 200, 20], [20, 200, 200],

@@ -31,9 +31,10 @@ def fit(folder, monkeypatch, steps, stop=None):
 
 
 def test_resume_is_exact(tmp_path, monkeypatch):
-  whole = fit(tmp_path / "whole", monkeypatch, 6)
+  whole, _ = fit(tmp_path / "whole", monkeypatch, 6)
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     fit(tmp_path / "cut", patch, 6, stop=4)
-  resumed = fit(tmp_path / "cut", monkeypatch, 6)
+  resumed, held = fit(tmp_path / "cut", monkeypatch, 6)
   assert float(jnp.abs(whole.kernel[...]).sum()) > 0
+  assert held["held_out_loss"] > 0
   jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))

@@ -19,7 +19,7 @@ SETTINGS = report.Settings(images_per_class=8, thumbnail=96, published=())
 TEST = ("plain crimson star", "plain orange star", "striped gold cross", "checked teal <ring> & \"co\"",
         "plain crimson triangle", "striped green ring")
 VALIDATION = ("plain teal circle", "striped violet square", "checked gold star")
-SECTIONS = ("accuracy", "generated", "pictures", "classes", "tokens", "losses", "lambda-curve", "n_gen-curve",
+SECTIONS = ("accuracy", "generated", "pictures", "classes", "tokens", "losses", "lambda-curve",
             "times", "appendix")
 
 
@@ -54,8 +54,6 @@ def fake_results(rng) -> dict:
     "generated": agreement | {"fid": 31.2, "plain_sd_fid": 29.4, "per_class": per_class},
     "validation": {"czsl": {"T1": 51.0}, "gzsl": {"U": 44.0, "S": 70.0, "H": 54.0}},
     "lambda_curve": {"learned": curve(0.3), "plain": curve(0.45)},
-    "n_gen_curve": {"learned": [{"n_gen": n, "U": 50 - 20 / n, "S": 70, "H": 57 - 22 / n}
-                                for n in (1, 4, 16, 64)]},
     "seconds": {"cdm": 12.1, "tokens": 184.3, "generate": 61.0, "classifier": 9.4, "evaluate": 1.2},
     "devices": "1 x cpu"}
 
@@ -99,12 +97,10 @@ def fake_run(workdir, rng):
       for path, picture in zip(files[source][name], noisy):
         images.write_png(folder / path, picture)
   checkpoint.write_json(folder / "manifest.json", {"classes": list(TEST), "images": 10, "files": files})
-  text_encoder = types.SimpleNamespace(embed=lambda ids: start[None, None])
   config = {"seed": 0, "tokens": {"initial": "a"}, "report": dataclasses.asdict(SETTINGS)}
   return types.SimpleNamespace(
     workdir=workdir, dataset=dataset, seed=0, config=config, folder=lambda name: workdir / name,
-    sd=(types.SimpleNamespace(text_encoder=text_encoder), None),
-    sd_tokenizer=types.SimpleNamespace(ids=lambda text: [7]),
+    initial_token=start,
     stages=dict.fromkeys(("cdm", "tokens", "generate", "classifier", "evaluate", "report")))
 
 

@@ -206,3 +206,8 @@ def test_load_draws_different_pictures_for_training_and_test():
   assert not np.array_equal(data.train.images_nhwc[0], data.test_seen.images_nhwc[0])
   again = scenes.load(world=1, train_per_class=3, test_per_class=2, size=16)
   np.testing.assert_array_equal(data.train.images_nhwc, again.train.images_nhwc)
+
+
+def test_class_numbers_of_many_pictures():
+  classes_no = np.random.default_rng(0).permutation(np.arange(20_000) % len(scenes.NAMES)).reshape(-1, 1)
+  np.testing.assert_array_equal(scenes.class_number(*scenes.attributes(classes_no)), classes_no)

@@ -26,7 +26,7 @@ def test_table_averages_seeds_and_groups_the_rest(tmp_path, capsys):
     for seed, accuracy in enumerate(accuracies):
       folder = tmp_path / f"tokens.gradient={gradient},seed={seed}"
       folder.mkdir()
-      results = {"czsl": {"T1": accuracy}, "baselines": {"plain_sd": {"T1": accuracy - 10}}}
+      results = {"czsl": {"T1": accuracy}, "baselines": {"plain_sd": {"czsl": {"T1": accuracy - 10}}}}
       (folder / "results.json").write_text(json.dumps(results))
   assert sweep.main(["--config=c.py", f"--out={tmp_path}", "--table", *SETTINGS]) == 0
   assert capsys.readouterr().out.splitlines() == [

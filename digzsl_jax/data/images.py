@@ -31,6 +31,7 @@ def write_png(path: str | os.PathLike, image_hwc: np.ndarray) -> None:
   if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] != 3:
     raise ValueError(f"{path}: a picture is uint8 [h, w, 3], not {image_hwc.dtype} {list(image_hwc.shape)}")
   path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f".{path.name}.{os.getpid()}")
   try:
     Image.fromarray(image_hwc).save(temporary, format="PNG")

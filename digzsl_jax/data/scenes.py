@@ -67,7 +67,9 @@ def class_number(textures: np.ndarray, colours: np.ndarray, shapes: np.ndarray) 
 
 def attributes(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """`(textures, colours, shapes)` of class numbers, the inverse of `class_number`."""
-  return np.unravel_index(classes, (len(TEXTURES), len(COLOURS), len(SHAPES)))
+  # Not np.unravel_index: numpy 2.4 repeats one answer beyond the first 8192 elements of an [n, 1] array.
+  textures_colours, shapes = np.divmod(classes, len(SHAPES))
+  return *np.divmod(textures_colours, len(COLOURS)), shapes
 
 
 def render(shapes_no: np.ndarray, colours_no: np.ndarray, textures_no: np.ndarray, *, seed, style: str,

@@ -97,7 +97,8 @@ class Settings:
       check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     for name in ("learning_rate", "clip_norm", "temperature"):
       check(getattr(self, name) > 0, name, getattr(self, name), "positive")
-    check(self.slots % self.slots_per_body == 0, "slots", self.slots, f"a multiple of {self.slots_per_body}, slots_per_body")
+    check(self.slots % self.slots_per_body == 0, "slots", self.slots,
+          f"a multiple of slots_per_body, {self.slots_per_body}")
     check(self.grad_calls in (0, 1) or self.gradient == "last", "grad_calls", self.grad_calls,
           "0 or 1 for the gradient path 'x0', which differentiates one call")
     check(self.grad_calls >= 0, "grad_calls", self.grad_calls, "0 (as the reference) or more")
@@ -144,6 +145,7 @@ class Classes(NamedTuple):
   """The unseen classes of a task; every leaf but `null_l` leads with k."""
 
   label_k: jax.Array  # number in the data set: addresses the noise
+  allowed_k: jax.Array  # False for rows that only fill up to the size of the largest task
   ids_kl: jax.Array  # prompt with the initial word at the token's place
   slot_k: jax.Array  # that place
   prototypes_kd: jax.Array
@@ -246,7 +248,7 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
       denoise = denoiser(settings, guide.sd, classes, class_b, rows(token_sd))
       embeds_bd = guide.cdm(guide.sd.decode(path.finish(denoise, carry)))
       loss_b, cosines_bk = losses.cosine_cross_entropy(embeds_bd, classes.prototypes_kd, class_b,
-                                                       settings.temperature)
+                                                       settings.temperature, classes.allowed_k)
       loss_s, hit_s = (x.reshape(-1, settings.images).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
       return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
 
@@ -278,14 +280,15 @@ def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, g
 
 
 def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classes:
-  """Prompts and prototypes of the task's unseen classes."""
-  names = [ws.dataset.names[label] for label in task.unseen]
-  template = settings.template.replace("{name}", "{{name}}").format(token="{token}")
-  encoded = [ws.sd_tokenizer.encode_with_slot(template, prompts.class_name(name), initial=settings.initial)
-             for name in names]
+  """Prompts and prototypes of the task's unseen classes, filled up so that all tasks share one compilation."""
+  rows = max(len(other.unseen) for other in ws.tasks.values())
+  labels = [*task.unseen, *[task.unseen[0]] * (rows - len(task.unseen))]
+  encoded = [ws.sd_tokenizer.encode_with_slot(settings.template, prompts.class_name(ws.dataset.names[label]),
+                                              initial=settings.initial) for label in labels]
   ids_kl, slot_k = map(np.array, zip(*encoded))
-  return Classes(jnp.asarray(task.unseen), jnp.asarray(ids_kl), jnp.asarray(slot_k),
-                 jnp.asarray(ws.prototypes_kd[list(task.unseen)]), jnp.asarray(ws.sd_tokenizer([""])[0]))
+  allowed_k = np.arange(rows) < len(task.unseen)
+  return jax.tree.map(jnp.asarray, Classes(np.array(labels), allowed_k, ids_kl, slot_k, ws.prototypes_kd[labels],
+                                           ws.sd_tokenizer([""])[0]))
 
 
 def empty_outcome(settings: Settings, classes: int, width: int) -> Outcome:
@@ -312,33 +315,33 @@ def collect(outcome: Outcome, slots: Slots, next_class: int, settings: Settings,
   return slots, next_class
 
 
-def learn_task(settings: Settings, ws: Workspace, task: splits.Task, compiled, params, folder: pathlib.Path) -> Outcome:
+def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "Learner",
+               folder: pathlib.Path) -> Outcome:
   """Feeds the task's classes through the slots; resumes bit for bit from the last state that was saved."""
-  prefix, learn = compiled
   names = [ws.dataset.names[label] for label in task.unseen]
-  token_d, classes = ws.initial_token, task_classes(settings, ws, task)
-  frozen = Frozen(params, jax.device_put(classes, mesh.replicated(ws.mesh)))
+  token_d, frozen = ws.initial_token, learner.frozen(task)
   first = np.arange(settings.slots)
   slots = fresh_slots(settings, np.where(first < len(names), first, -1), token_d)
   outcome, next_class = empty_outcome(settings, len(names), len(token_d)), min(settings.slots, len(names))
-  saved = checkpoint.load_state(folder / f"{task.name}_state.safetensors", (slots, outcome, np.int32(next_class)))
+  state_file = folder / f"{task.name}_state.safetensors"
+  saved = checkpoint.load_state(state_file, (slots, outcome, np.int32(next_class)))
   if saved is not None:
-    slots, outcome, next_class = saved[0], jax.tree.map(np.array, saved[1]), int(saved[2])
+    slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
   while not outcome.done_k.all():
     slots, history = jax.device_put(slots, mesh.by_class(ws.mesh)), []
     class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
     for _ in range(settings.check_every):
-      slots, made = learn(frozen, slots, prefix(frozen, slots))
+      slots, made = learner.learn(frozen, slots, learner.prefix(frozen, slots))
       history.append(made)
     for ahead, made in enumerate(jax.device_get(history)):
       for slot in np.flatnonzero(made.made_c):
         outcome.loss_ku[class_c[slot], step_c[slot] + ahead] = made.loss_c[slot]
         outcome.accuracy_ku[class_c[slot], step_c[slot] + ahead] = made.accuracy_c[slot]
     slots, next_class = collect(outcome, jax.device_get(slots), next_class, settings, token_d, ws.log, names)
-    checkpoint.save_state(folder / f"{task.name}_state.safetensors", (slots, outcome, np.int32(next_class)))
+    checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
-    bar.set_postfix(loss=f"{float(np.nanmean(made.loss_c)):.3f}", accuracy=f"{float(np.nanmean(made.accuracy_c)):.2f}")
+    bar.set_postfix(loss=f"{np.mean(made.loss_c):.3f}", accuracy=f"{np.mean(made.accuracy_c):.2f}")
   bar.close()
   return outcome
 
@@ -358,23 +361,42 @@ def write_outcome(outcome: Outcome, names: list[str], task: str, folder: pathlib
           "stopped": {name: int((outcome.reason_k == i).sum()) for i, name in enumerate(REASONS) if i}}
 
 
-def prepare(settings: Settings, ws: Workspace, task: str):
-  """The compiled steps (not yet run) and the frozen parameters of a task, whose CDM is its own."""
-  sd, schedule = stable_diffusion.load(resolve(ws.models.sd, "sd"), remat=settings.remat)
-  graphdef, params = nnx.split(Guide(sd, cdm.load(ws.cdm_encoder, ws.cdm_head(task))))
-  compiled = compile_steps(settings, ws.seed, gradient_path(settings, schedule), graphdef, ws.mesh)
-  return compiled, jax.device_put(params, mesh.replicated(ws.mesh))
+class Learner:
+  """The compiled steps and what they read; one compilation serves every task."""
+
+  def __init__(self, settings: Settings, ws: Workspace, discriminator: Callable[[str], cdm.CDM]):
+    """`discriminator` gives the CDM of a task's name."""
+    width = ws.mesh.size * settings.slots_per_body
+    check(settings.slots % width == 0, "tokens.slots", settings.slots, f"a multiple of {width}: slots_per_body "
+          "times the devices of the mesh")
+    self.settings, self.ws, self.discriminator = settings, ws, discriminator
+    self.sd, self.schedule = stable_diffusion.load(resolve(ws.models.sd, "sd"), remat=settings.remat)
+    path = gradient_path(settings, self.schedule)
+    self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
+
+  def _graphdef_and_params(self, task: str) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(Guide(self.sd, self.discriminator(task)))
+
+  def frozen(self, task: splits.Task) -> Frozen:
+    """A task's classes, and the frozen models with its own CDM."""
+    frozen = Frozen(self._graphdef_and_params(task.name)[1], task_classes(self.settings, self.ws, task))
+    return jax.device_put(frozen, mesh.replicated(self.ws.mesh))
+
+
+def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
+  """The steps for `--dry_run`: lowered for the test task, not run."""
+  learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
+  slots = fresh_slots(settings, np.zeros(settings.slots), ws.initial_token)
+  slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
+  carry = jax.eval_shape(learner.prefix, frozen, slots)
+  return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Learns the tokens of both tasks; `learned_embeds.safetensors` holds those of the test task."""
-  width = ws.mesh.size * settings.slots_per_body
-  check(settings.slots % width == 0, "tokens.slots", settings.slots, f"a multiple of {width}: slots_per_body "
-        "times the devices of the mesh")
-  results = {}
+  learner, results = Learner(settings, ws, lambda task: cdm.load(ws.cdm_encoder, ws.cdm_head(task))), {}
   for name, task in ws.tasks.items():
-    compiled, params = prepare(settings, ws, name)
-    outcome = learn_task(settings, ws, task, compiled, params, folder)
+    outcome = learn_task(settings, ws, task, learner, folder)
     results[name] = write_outcome(outcome, [ws.dataset.names[label] for label in task.unseen], name, folder)
     ws.log.say(f"tokens ({name}): {results[name]}")
   return results

@@ -21,7 +21,6 @@ from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, mesh
 from digzsl_jax.data import images, prompts, splits
-from digzsl_jax.models import stable_diffusion
 from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("tokens",)
@@ -141,10 +140,24 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
   return {"images": len(jobs), "made_now": sum(map(len, todo))}
 
 
-def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
-  """Generates for both tasks."""
+def prepare(settings: Settings, ws: Workspace):
+  """The compiled sampler and what it reads."""
   sd, schedule = ws.sd
   graphdef, params = nnx.split(sd)
-  generate = compile_sampler(settings, ws.seed, schedule, graphdef, ws.mesh)
   frozen = jax.device_put((params, jnp.asarray(ws.sd_tokenizer([""])[0])), mesh.replicated(ws.mesh))
+  return compile_sampler(settings, ws.seed, schedule, graphdef, ws.mesh), frozen
+
+
+def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
+  """The sampler for `--dry_run`: lowered, not run."""
+  generate, frozen = prepare(settings, ws)
+  rows, length = settings.batch * ws.mesh.size, ws.sd_tokenizer.length
+  whole = Rows(*(np.zeros((rows, *shape), np.int32) for shape in ((), (), (length,), ())),
+               np.tile(ws.initial_token, (rows, 1)))
+  return {"sample": generate.lower(frozen, jax.device_put(whole, mesh.by_class(ws.mesh)))}
+
+
+def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
+  """Generates for both tasks."""
+  generate, frozen = prepare(settings, ws)
   return {name: generate_task(settings, ws, task, generate, frozen, folder) for name, task in ws.tasks.items()}

@@ -75,12 +75,15 @@ def load_corpus(settings: Mapping, seed: int) -> Corpus:
 
 
 def fit(name: str, training: Training, model: nnx.Module, loss: Callable, data: Any, folder: pathlib.Path,
-        log: Log, seed: int, frozen: Any = None) -> nnx.Module:
-  """Minimises `loss(model, frozen, batch, key) -> (scalar, metrics)`; returns the averaged model.
+        log: Log, seed: int, frozen: Any = None) -> tuple[nnx.Module, dict[str, float]]:
+  """Minimises `loss(model, frozen, batch, key) -> (scalar, metrics)`.
 
   Args:
     data: pytree of arrays with a leading picture axis; the last `HELD_OUT` rows only measure.
     frozen: arrays handed to `loss` unchanged.
+
+  Returns:
+    The model of averaged weights, and its metrics on the held-out rows.
   """
   graphdef, params = nnx.split(model)
   tx, rows = training.optimiser(), jax.tree.leaves(data)[0].shape[0] - HELD_OUT
@@ -102,6 +105,11 @@ def fit(name: str, training: Training, model: nnx.Module, loss: Callable, data: 
 
   held_out = jax.tree.map(lambda leaf: leaf[-HELD_OUT:], data)
   measure = jax.jit(lambda params, frozen, batch: value(params, frozen, batch, jax.random.key(0))[1])
+
+  def held_out_metrics(state):
+    found = measure(state.average, frozen, held_out)
+    return {f"held_out_{name}": round(float(number), 5) for name, number in found.items()}
+
   state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
   state = checkpoint.load_state(folder / "state.safetensors", state) or state
   bar = log.progress(training.steps, name, done=int(state.step))
@@ -113,11 +121,9 @@ def fit(name: str, training: Training, model: nnx.Module, loss: Callable, data: 
       bar.set_postfix({k: f"{float(v):.3g}" for k, v in metrics.items()})
     if (step + 1) % SAVE_EVERY == 0 or step + 1 == training.steps:
       checkpoint.save_state(folder / "state.safetensors", state)
-      held = {f"held_out_{k}": round(float(v), 5) for k, v in measure(state.average, frozen, held_out).items()}
-      log.metrics(name, step + 1, **held)
-      log.say(f"{name} {step + 1}/{training.steps}: " + ", ".join(f"{k} {v}" for k, v in held.items()))
+      log.metrics(name, step + 1, **held_out_metrics(state))
   bar.close()
-  return nnx.merge(graphdef, state.average)
+  return nnx.merge(graphdef, state.average), held_out_metrics(state)
 
 
 def build(model_type: type[nnx.Module], config: Mapping, seed: int) -> nnx.Module:
@@ -231,12 +237,12 @@ def train_tokenizer(world: World, part: Mapping) -> dict:
 
 def train_vae(world: World, part: Mapping) -> dict:
   config = dict(part["model"], _class_name="AutoencoderKL", scaling_factor=1.0)
-  model = world.fit("vae", part, build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
+  model, held = world.fit("vae", part, build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
                     frozen=part["kl"])
   latents = encode(model, world.images_nhwc[:4096])
   config["scaling_factor"] = float(1 / latents.std())  # unit variance, as Stable Diffusion's 0.18215
   hub.save(model, world.workdir / "vae", config, file_name="diffusion_pytorch_model.safetensors")
-  return {"scaling_factor": config["scaling_factor"]}
+  return held | {"scaling_factor": config["scaling_factor"]}
 
 
 def encode(model: vae.AutoencoderKL, images_nhwc: jax.Array, batch: int = 512) -> jax.Array:
@@ -251,11 +257,11 @@ def train_clip(world: World, part: Mapping) -> dict:
             "text_config": text_config(world, dict(part["text"], projection_dim=part["projection_dim"])),
             "vision_config": dict(part["vision"], model_type="clip_vision_model",
                                   projection_dim=part["projection_dim"])}
-  model = world.fit("clip", part, build(clip.CLIPModel, config, world.seed), clip_loss,
+  model, held = world.fit("clip", part, build(clip.CLIPModel, config, world.seed), clip_loss,
                     (world.images_nhwc, world.ids_nl))
   hub.save(model, world.workdir / "clip", config)
   checkpoint.write_json(world.workdir / "clip" / "preprocessor_config.json", preprocessor(part["vision"]["image_size"]))
-  return {"logit_scale": float(jnp.exp(model.logit_scale[...]))}
+  return held | {"logit_scale": float(jnp.exp(model.logit_scale[...]))}
 
 
 def preprocessor(size: int) -> dict:
@@ -270,9 +276,10 @@ def train_judge(world: World, part: Mapping) -> dict:
   config = part["model"]
   rows = [judge.targets(config, name) for name in world.corpus.labels]
   labels = {head: jnp.array([row[head] for row in rows]) for head in config["heads"]}
-  model = world.fit("judge", part, build(judge.Judge, config, world.seed), judge_loss, (world.images_nhwc, labels))
+  model, held = world.fit("judge", part, build(judge.Judge, config, world.seed), judge_loss,
+                          (world.images_nhwc, labels))
   hub.save(model, world.workdir / "judge", config)
-  return {}
+  return held
 
 
 def train_sd(world: World, part: Mapping) -> dict:
@@ -286,11 +293,11 @@ def train_sd(world: World, part: Mapping) -> dict:
                     build(unet.UNet2DConditionModel, denoiser, world.seed + 1))
   loss = functools.partial(sd_loss, diffusion.Schedule.from_config(scheduler), part["drop"])
   null_l = jnp.asarray(world.tokenizer([""]))[0]
-  model = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=null_l)
+  model, held = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=null_l)
   hub.save(model.text_encoder, folder / "text_encoder", text)
   hub.save(model.unet, folder / "unet", denoiser, file_name="diffusion_pytorch_model.safetensors")
   checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-  return {}
+  return held
 
 
 MODEL_INDEX = {
@@ -313,8 +320,55 @@ def export(world: World, part: Mapping) -> dict:
                       ignore=shutil.ignore_patterns("state.safetensors", "inputs.json", "done.json"))
   index = MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
   checkpoint.write_json(target / "sd" / "model_index.json", index)
-  files = sorted(p for p in target.rglob("*.safetensors"))
-  return {"bytes": sum(p.stat().st_size for p in files), "sha256": checkpoint.fingerprint_folder(target)}
+  size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
+  digest = checkpoint.fingerprint({name: checkpoint.fingerprint_folder(target / name)
+                                   for name in ("clip", "judge", "sd")})
+  checkpoint.write_text(target / "README.md", model_card(world, size, digest))
+  return {"bytes": size, "sha256": digest}
+
+
+CARD = """# {title}: small CLIP, Stable Diffusion and judge
+
+Trained from scratch by `runs/pretrain.py`; they open in transformers, diffusers and digzsl_jax.
+
+| | |
+|---|---|
+| command | `{command}` |
+| data | {data} |
+| seed | {seed} |
+| safetensors | {size:,} bytes, float16 |
+| sha256 (first 16 hex digits): | {digest} |
+
+Held-out figures, on {held_out} captioned pictures of the corpus that no part trained on:
+
+| part | figures | seconds |
+|---|---|---|
+{rows}
+
+Limits: {limits}
+"""
+DATA = {
+    "scenes": "{images:,} pictures rendered by `data/scenes.py`; captions take the partner's colour word, and "
+              "independently the partner's shape word, with probability {mixup}, and a random texture word with 0.05",
+    "fashion_mnist": "{images:,} captions of the official Fashion-MNIST training pictures (MIT licence) of all ten "
+                     "classes; a caption takes the name of a class that looks alike with probability {mixup}"}
+LIMITS = {
+    "scenes": "knows nothing but these rendered shapes. Words of a pair are nearly interchangeable to it, by design.",
+    "fashion_mnist": "the models have seen training pictures of the unseen classes, under noisy names, as Stable "
+                     "Diffusion has seen birds. Zero-shot tests use official test pictures only."}
+
+
+def model_card(world: World, size: int, digest: str) -> str:
+  """What was trained, how, and how well; fingerprint_folder of clip, judge and sd make the digest."""
+  config = checkpoint.read_json(world.workdir / "config.json")
+  name, rows = config["corpus"]["name"], []
+  for part in ("vae", "clip", "judge", "sd"):
+    done = checkpoint.read_json(world.workdir / part / "done.json")
+    figures = ", ".join(f"{key} {value:.4g}" for key, value in done.items() if key != "seconds")
+    rows.append(f"| {part} | {figures} | {done['seconds']} |")
+  return CARD.format(title=name, command=f"python -m digzsl_jax.main --config=configs/pretrain_{name}.py",
+                     data=DATA[name].format(**config["corpus"]), seed=config["seed"], size=size, digest=digest,
+                     held_out=HELD_OUT, rows="\n".join(rows), limits=LIMITS[name])
 
 
 PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
@@ -327,6 +381,9 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
   """Runs the parts named in `config["stages"]`, each skipped when its result is there."""
   if unknown := set(config["stages"]) - set(PARTS):
     raise ValueError(f"stages: {sorted(unknown)} unknown; pretrain has {list(PARTS)}")
+  if dry_run:
+    print("stages:", ", ".join(config["stages"]))
+    return
   world, stages = None, {}
   for name, function in PARTS.items():
     inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],

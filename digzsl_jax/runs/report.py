@@ -4,8 +4,7 @@ Reads, beside what the stages `tokens` and `generate` leave, `results.json` of t
 keys only `dataset` and `czsl` have to be there; a part of the page whose numbers are missing is left out.
 Accuracies and agreements are in percent. `czsl.per_class`, of the run and of each baseline, is {class: T1};
 `generated.per_class` is {class: {keys as in `generated`}}, where `plain_sd_` begins what belongs to plain
-Stable Diffusion. `lambda_curve` and `n_gen_curve` hold, by source ("learned", "plain"), lists of {"lambda" or
-"n_gen": x, "U":, "S":, "H":}.
+Stable Diffusion. `lambda_curve` holds, by source ("learned", "plain"), lists of {"lambda":, "U":, "S":, "H":}.
 
 Shapes: n image, h w pixel, c colour channel.
 """
@@ -18,7 +17,6 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -71,7 +69,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
   results = checkpoint.read_json(path)
   parts = [header(results, ws), headline(results, settings.published), other_measures(results),
            grids(results, ws, settings), class_bars(results, ws.dataset.names), token_map(ws),
-           loss_curves(ws), *setting_curves(results), stage_times(results, ws.stages),
+           loss_curves(ws), lambda_curves(results), stage_times(results, ws.stages),
            appendix(results, ws.config)]
   text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
   checkpoint.write_text(ws.workdir / "report.html", text)
@@ -269,10 +267,7 @@ def class_bars(results: Mapping, names: Sequence[str]) -> Html | None:
 
 def token_map(ws: Workspace) -> Html | None:
   """t-SNE of all tokens and of the word that they start from."""
-  initial = ws.config["tokens"]["initial"]
-  [word] = ws.sd_tokenizer.ids(initial)
-  start_d = np.asarray(ws.sd[0].text_encoder.embed(jnp.array([[word]]))[0, 0])
-  points = [(initial, "cross", start_d)]
+  points = [(ws.config["tokens"]["initial"], "cross", ws.initial_token)]
   for task, marker in (("test", "dot"), ("validation", "ring")):
     if (path := ws.folder("tokens") / TOKENS[task]).exists():
       found = ordered(checkpoint.read_arrays(path), ws.dataset.names)
@@ -322,41 +317,34 @@ def loss_panel(name: str, curve: Mapping, limit: float) -> Html:
   return tag("figure", tag("h3", name), svg, tag("figcaption", f"{len(loss)} steps" + (stop and f", {stop}")))
 
 
-def setting_curves(results: Mapping) -> Iterator[Html]:
-  """U, S and H against the calibration and against the number of generated pictures."""
-  guides = {
-    "lambda": ("Calibration", "\u03bb", "A larger \u03bb takes more from the scores of seen classes, so U "
-               "rises and S falls; the chosen \u03bb should stand near the top of H, and its distance to the "
-               "oracle is what choosing without test pictures costs."),
-    "n_gen": ("Number of generated pictures", "generated pictures per class", "Where the lines go flat, more "
-              "pictures per class teach the classifier nothing new.")}
-  for key, (title, label, guide) in guides.items():
-    found = results.get(f"{key}_curve") or {}
-    entries = {"learned": results, "plain": baseline(results, "plain_sd")}
-    panels = [setting_panel(key, label, SOURCES[source], found[source], entry)
-              for source, entry in entries.items() if found.get(source)]
-    if panels:
-      yield page.section(f"{key}-curve", title, guide, tag("div", *panels, class_="panels"))
+def lambda_curves(results: Mapping) -> Html | None:
+  """U, S and H against the calibration."""
+  found = results.get("lambda_curve") or {}
+  entries = {"learned": results, "plain": baseline(results, "plain_sd")}
+  panels = [lambda_panel(SOURCES[source], found[source], entry) for source, entry in entries.items()
+            if found.get(source)]
+  guide = ("A larger \u03bb takes more from the scores of seen classes, so U rises and S falls; the chosen \u03bb "
+           "should stand near the top of H, and its distance to the oracle is what choosing without test "
+           "pictures costs.")
+  return page.section("lambda-curve", "Calibration", guide, tag("div", *panels, class_="panels")) if panels else None
 
 
-def setting_panel(key: str, label: str, title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
-  points = sorted(points, key=lambda point: point[key])
-  xs = [point[key] for point in points]
+def lambda_panel(title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
+  points = sorted(points, key=lambda point: point["lambda"])
+  xs = [point["lambda"] for point in points]
   axes = page.Axes(500, 290, (xs[0], xs[-1]), (0, 100), (34, 62, 36, 34))
-  parts = [axes.frame(label)]
-  marks = {"oracle": ("gzsl_oracle", "other dash", 14), "chosen": ("gzsl", "h", 0)} if key == "lambda" else {}
-  for name, (gzsl, kind, lift) in marks.items():
+  parts = [axes.frame("\u03bb")]
+  for name, gzsl, kind, lift in (("oracle", "gzsl_oracle", "other dash", 14), ("chosen", "gzsl", "h", 0)):
     found = scores(entry, gzsl)
-    if (gzsl in entry or name == "chosen") and page.known(found["lambda"]):
-      if xs[0] <= found["lambda"] <= xs[-1]:
-        text = f"{name} {found['lambda']:.3g}, H {page.number(found['H'])}"
-        parts.append(axes.vertical(found["lambda"], kind, text, lift))
+    if (gzsl in entry or name == "chosen") and page.known(found["lambda"]) and xs[0] <= found["lambda"] <= xs[-1]:
+      text = f"{name} {found['lambda']:.3g}, H {page.number(found['H'])}"
+      parts.append(axes.vertical(found["lambda"], kind, text, lift))
   lines = {name: [point.get(name) for point in points] for name in "USH" if page.known(points[-1].get(name))}
   heights = page.spread([axes.y(ys[-1]) + 4 for ys in lines.values()], 13)
   for (name, ys), height in zip(lines.items(), heights):
     text = tag("text", f"{name} {ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height, class_=f"value {name.lower()}")
     parts += (axes.curve(xs, ys, name.lower()), text)
-  return tag("figure", tag("h3", title), axes.svg(f"{title}: U, S, H against {label}", *parts))
+  return tag("figure", tag("h3", title), axes.svg(f"{title}: U, S, H against \u03bb", *parts))
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,99 @@
+"""What a person does wrong is answered by one message that names the field, file or class."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from digzsl_jax import logs
+from digzsl_jax import main as command
+from digzsl_jax.data import fashion_mnist, images, splits
+from digzsl_jax.runs import class_tokens
+from digzsl_jax.workspace import parse
+
+
+def run(config, folder, *stages):
+  config.stages = stages
+  command.dig_zsl(config.to_dict(), folder, logs.Log(folder), False)
+
+
+def token_settings(**changes):
+  from configs import quickstart
+  return parse(class_tokens.Settings, quickstart.get_config().tokens.to_dict() | changes, "tokens")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"steps": 0}, "config.tokens.steps is 0; it must be at least 1"),
+    ({"stepps": 3}, r"config.tokens: unknown fields \['stepps'\]"),
+    ({"gradient": "first"}, "config.tokens.gradient is 'first'; it must be 'last' or 'x0'"),
+    ({"gradient": "x0", "grad_calls": 2}, "grad_calls is 2"),
+    ({"slots": 5, "slots_per_body": 2}, "slots is 5; it must be a multiple of slots_per_body, 2"),
+    ({"template": "a photo of {name}"}, "must contain"),
+])
+def test_settings(changes, message):
+  with pytest.raises(ValueError, match=message):
+    token_settings(**changes)
+
+
+def test_grad_calls_beyond_the_sampler(tiny_world):
+  from digzsl_jax import diffusion
+  from digzsl_jax.models import hub
+  schedule = diffusion.Schedule.from_config(hub.read_json(tiny_world / "sd" / "scheduler" / "scheduler_config.json"))
+  settings = token_settings(gradient="last", sampler="ddim", steps=4, grad_calls=5)
+  with pytest.raises(ValueError, match="grad_calls is 5; it must be at most 4, the calls that ddim makes"):
+    class_tokens.gradient_path(settings, schedule)
+
+
+def test_missing_data_folder(tmp_path):
+  with pytest.raises(ValueError, match=f"{tmp_path}/none"):
+    fashion_mnist.load(folder=str(tmp_path / "none"))
+
+
+def test_class_in_both_lists():
+  dataset = splits.load({"name": "scenes", "train_per_class": 4, "test_per_class": 1})
+  twice = dataset.seen[0]
+  with pytest.raises(ValueError, match=dataset.names[twice]):
+    dataclasses.replace(dataset, unseen=(*dataset.unseen, twice))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "model.safetensors"),
+    (lambda path: change(path, lambda tensors: tensors.pop("logit_scale")), "logit_scale"),
+    (lambda path: change(path, lambda tensors: tensors.update(extra=np.zeros(3, np.float32))), "extra"),
+    (lambda path: path.unlink(), "clip"),
+])
+def test_damaged_checkpoint(damage, message, tiny_world, tiny_config, tmp_path):
+  shutil.copytree(tiny_world / "clip", tmp_path / "clip")
+  damage(tmp_path / "clip" / "model.safetensors")
+  tiny_config.models.clip = str(tmp_path / "clip")
+  with pytest.raises(ValueError, match=message):
+    run(tiny_config, tmp_path / "run", "cdm")
+
+
+def change(path, edit):
+  tensors = safetensors.numpy.load_file(path)
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def test_image_that_does_not_decode(tmp_path):
+  (tmp_path / "00001.png").write_bytes(b"\x89PNG but no more")
+  with pytest.raises(ValueError, match="00001.png"):
+    images.read_png(tmp_path / "00001.png")
+
+
+def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):
+  config = tiny_config.to_dict()
+  with pytest.raises(ValueError, match=r"unknown sections \['token'\]"):
+    command.dig_zsl(config | {"token": {}}, tmp_path, logs.Log(tmp_path), False)
+  with pytest.raises(ValueError, match=r"config.stages: \['cdn'\] unknown"):
+    command.dig_zsl(config | {"stages": ("cdn",)}, tmp_path, logs.Log(tmp_path), False)
+  with pytest.raises(ValueError, match="stage cdm has not finished"):
+    run(tiny_config, tmp_path, "tokens")
+  with pytest.raises(ValueError, match="config.models.sd is 'nowhere', but there is no folder"):
+    command.dig_zsl(config | {"models": config["models"] | {"sd": "nowhere"}}, tmp_path, logs.Log(tmp_path), False)
+  with pytest.raises(ValueError, match="config.mesh.devices is 99"):
+    tiny_config.mesh.devices = 99
+    run(tiny_config, tmp_path / "mesh", "cdm", "tokens")

@@ -1,0 +1,63 @@
+"""A run that is killed again and again ends as one that was left alone; stages are made once."""
+
+import json
+import os
+
+import pytest
+
+from digzsl_jax import logs
+from digzsl_jax import main as command
+
+pytestmark = pytest.mark.slow
+
+
+class Killed(BaseException):
+  """As sudden as a signal: nothing in the package catches it."""
+
+
+def run(config, folder):
+  command.dig_zsl(config.to_dict(), folder, logs.Log(folder), False)
+
+
+def run_until(config, folder, writes, monkeypatch):
+  """Runs until `writes` files have been written, then dies before the next one is in place."""
+  left, replace = [writes], os.replace
+
+  def replace_or_die(source, target):
+    if left[0] == 0:
+      raise Killed
+    left[0] -= 1
+    replace(source, target)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "replace", replace_or_die)
+    with pytest.raises(Killed):
+      run(config, folder)
+
+
+def products(folder):
+  """What has to be equal: tokens, images and results without times."""
+  files = {path.relative_to(folder): path.read_bytes() for pattern in ("tokens/*_embeds.safetensors", "generate/**/*.png")
+           for path in folder.glob(pattern)}
+  results = json.loads((folder / "results.json").read_text())
+  results.pop("seconds")
+  return files, results
+
+
+def test_killed_at_six_moments(tiny_config, tmp_path, monkeypatch):
+  tiny_config.tokens.update(slots=4, slots_per_body=4)  # three rounds of classes: refills are among the moments
+  tiny_config.mesh.devices = 1
+  run(tiny_config, tmp_path / "whole")
+  files, results = products(tmp_path / "whole")
+  assert len(files) == 2 + 2 * 2 * 12 * 2 and results["czsl"]["T1"] >= 0
+  # In order: during cdm, in its middle, among the tokens twice, in the middle of a class's images, in classifier.
+  for writes in (1, 6, 4, 3, 30, 75):
+    run_until(tiny_config, tmp_path / "cut", writes, monkeypatch)
+  run(tiny_config, tmp_path / "cut")
+  assert products(tmp_path / "cut") == (files, results)
+  before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*") if path.name != "metrics.jsonl"}
+  run(tiny_config, tmp_path / "cut")
+  assert before == {path: path.stat().st_mtime_ns for path in before}
+  tiny_config.tokens.learning_rate = 0.5
+  with pytest.raises(ValueError, match=r"tokens was made from other settings \(tokens.learning_rate: 0.03 -> 0.5\)"):
+    run(tiny_config, tmp_path / "cut")
