@@ -53,14 +53,17 @@ def compile_chunked(function: Callable, devices: jax.sharding.Mesh, size: int, b
   def per_device(common, *rows):
     count = jax.tree.leaves(rows)[0].shape[0] // size
     chunks = jax.tree.map(lambda leaf: leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:]), rows)
+    # One more that is always skipped: XLA would unroll a loop of one chunk and fuse it in another way.
+    chunks = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1]]), chunks)
 
     def body(chunk):
-      shapes = jax.eval_shape(function, common, *chunk)
+      number, rows = chunk
+      shapes = jax.eval_shape(function, common, *rows)
       skip = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-      return jax.lax.cond(busy(*chunk), lambda: function(common, *chunk), skip)
+      return jax.lax.cond((number < count) & busy(*rows), lambda: function(common, *rows), skip)
 
-    join = lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
-    return jax.tree.map(join, jax.lax.map(body, chunks))
+    join = lambda leaf: leaf[:count].reshape(count * leaf.shape[1], *leaf.shape[2:])
+    return jax.tree.map(join, jax.lax.map(body, (jnp.arange(count + 1), chunks)))
 
   def sharded(common, *rows):
     specs = (jax.sharding.PartitionSpec(), *[jax.sharding.PartitionSpec(AXIS)] * len(rows))

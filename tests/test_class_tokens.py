@@ -23,6 +23,6 @@ def test_tokens_are_equal_on_every_mesh(tiny_config, tmp_path):
   for devices in (1, 2, 4, 8):
     tiny_config.mesh.devices = devices
     found[devices] = learn(tiny_config, tmp_path / str(devices))
-  assert all(same(found[1], found[devices]) for devices in (2, 4, 8))
+  assert [devices for devices in found if not same(found[1], found[devices])] == []
   assert not same(found[1], {task: {name: np.zeros_like(v) for name, v in tokens.items()}
                              for task, tokens in found[1].items()})

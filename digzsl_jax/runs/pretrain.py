@@ -199,12 +199,17 @@ def sd_loss(schedule: diffusion.Schedule, drop: float, model: Denoising, null_l:
 
 @dataclasses.dataclass
 class World:
-  """What the parts share while they run: corpus, folders, log."""
+  """What the parts share while they run: corpus (made when first asked for), folders, log."""
 
-  corpus: Corpus
+  corpus_settings: Mapping
   workdir: pathlib.Path
   log: Log
   seed: int
+
+  @functools.cached_property
+  def corpus(self) -> Corpus:
+    self.log.say(f"corpus: {self.corpus_settings['images']} captioned pictures of {self.corpus_settings['name']}")
+    return load_corpus(self.corpus_settings, self.seed)
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
@@ -384,16 +389,13 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
   if dry_run:
     print("stages:", ", ".join(config["stages"]))
     return
-  world, stages = None, {}
+  world, stages = World(config["corpus"], workdir, log, config["seed"]), {}
   for name, function in PARTS.items():
     inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
               **{need: stages[need].fingerprint for need in NEEDS[name]}}
     stages[name] = stage = checkpoint.Stage(workdir / name, inputs)
     if name not in config["stages"] or stage.finished():
       continue
-    if world is None:
-      log.say(f"corpus: {config['corpus']['images']} captioned pictures of {config['corpus']['name']}")
-      world = World(load_corpus(config["corpus"], config["seed"]), workdir, log, config["seed"])
     start = time.monotonic()
     results = function(world, config[name])
     stage.finish(results | {"seconds": round(time.monotonic() - start, 1)})

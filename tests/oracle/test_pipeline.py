@@ -45,7 +45,7 @@ TOKENS_KD, PROTOTYPES_KD = np.random.default_rng(0).normal(size=(2, CLASSES, WID
 OWN_B = np.repeat(np.arange(CLASSES), IMAGES)
 
 BASE = quickstart.get_config().tokens.to_dict() | dict(
-  images=IMAGES, guidance=3.0, temperature=0.1, clip_norm=1e9, slots=CLASSES, slots_per_body=CLASSES)
+  images=IMAGES, guidance=5.0, temperature=0.05, clip_norm=1e9, slots=CLASSES, slots_per_body=CLASSES)
 SETTINGS = {name: parse(class_tokens.Settings, BASE | changes, "tokens") for name, changes in {
   "x0": dict(gradient="x0", steps=3, x0_timestep=499, grad_calls=1, stop_unconditional=True),
   "last": dict(gradient="last", sampler="", steps=3, grad_calls=2, stop_unconditional=False),
@@ -128,21 +128,26 @@ def reference_update(theirs, settings, steps: int, cut: int, noise_bhwz):
 
 
 def our_update(guide, settings, path, classes):
-  """`(loss_k, gradient_kd, images_bhwc)`, the first two out of the compiled steps."""
+  """`(loss_k, gradient_kd, carry)`, out of the compiled steps."""
   graphdef, params = nnx.split(guide)
   prefix, learn = class_tokens.compile_steps(settings, 0, path, graphdef, mesh.make(1))
   frozen = class_tokens.Frozen(params, classes)
   slots = class_tokens.fresh_slots(settings, np.arange(CLASSES), jnp.zeros(WIDTH))
   slots = slots._replace(token_cd=jnp.asarray(TOKENS_KD))
   carry = prefix(frozen, slots)
+  new, made = learn(frozen, slots, carry)
+  return made.loss_c, optax.tree.get(new.optimiser, "mu") / 0.1, carry
+
+
+def our_images(guide, settings, path, classes, carry):
+  graphdef, params = nnx.split(guide.sd)
 
   def images(params, carry):
-    sd = nnx.merge(graphdef, params).sd
+    sd = nnx.merge(graphdef, params)
     denoise = class_tokens.denoiser(settings, sd, classes, OWN_B, jnp.repeat(TOKENS_KD, IMAGES, 0))
     return sd.decode(path.finish(denoise, carry))
 
-  new, made = learn(frozen, slots, carry)
-  return made.loss_c, optax.tree.get(new.optimiser, "mu") / 0.1, jax.jit(images)(params, carry)
+  return jax.jit(images)(params, carry)
 
 
 def error(got_kd, want_kd):
@@ -156,7 +161,7 @@ def test_update(worlds, world, name):
   classes = class_tokens.Classes(label_k=np.array([5, 3, 4]), allowed_k=np.array([True] * CLASSES), ids_kl=IDS_KL,
                                  slot_k=SLOT_K, prototypes_kd=PROTOTYPES_KD, null_l=NULL_L)
   classes, path = jax.tree.map(jnp.asarray, classes), class_tokens.gradient_path(settings, schedule)
-  loss_k, gradient_kd, images_bhwc = our_update(guide, settings, path, classes)
+  loss_k, gradient_kd, carry = our_update(guide, settings, path, classes)
   slots = class_tokens.fresh_slots(settings, np.arange(CLASSES), jnp.zeros(WIDTH))
   noise_bhwz = class_tokens.noise(settings, 0, classes, slots, guide.sd.latent_shape)
   run = lambda settings: reference_update(theirs, settings, STEPS[world], path.cut, noise_bhwz)
@@ -164,12 +169,14 @@ def test_update(worlds, world, name):
 
   norms_k = np.linalg.norm(want_kd, axis=-1)
   print(f"{name}: gradient {error(gradient_kd, want_kd):.1e} relative, norms {norms_k.min():.1e} to "
-        f"{norms_k.max():.1e}; images {np.abs(images_bhwc - want_bhwc).max():.1e}; "
-        f"loss {np.abs(loss_k - want_loss_k).max():.1e} of {want_loss_k.max():.1f}")
+        f"{norms_k.max():.1e}; loss {np.abs(loss_k - want_loss_k).max():.1e} of {want_loss_k.max():.1f}")
   assert norms_k.min() > 1e-3 and np.mean(np.abs(want_bhwc) < 1) > 0.5
   assert error(gradient_kd, want_kd) <= 1e-4
-  np.testing.assert_allclose(images_bhwc, want_bhwc, rtol=0, atol=5e-5)
   np.testing.assert_allclose(loss_k, want_loss_k, rtol=0, atol=2e-5)
   # The reference tells the two apart, but for one call.
   other_kd = run(dataclasses.replace(settings, stop_unconditional=not settings.stop_unconditional))[1]
   assert error(other_kd, want_kd) < 1e-5 if name == "x0" else error(other_kd, want_kd) > 0.01
+  if name != "last, stopped":  # whose images are those of "last"
+    images_bhwc = our_images(guide, settings, path, classes, carry)
+    print(f"{name}: images {np.abs(images_bhwc - want_bhwc).max():.1e}")
+    np.testing.assert_allclose(images_bhwc, want_bhwc, rtol=0, atol=5e-5)
