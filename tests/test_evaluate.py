@@ -171,7 +171,7 @@ def test_what_a_world_lacks_is_left_out(tmp_path, monkeypatch):
 def test_a_judge_that_does_not_know_the_class(tmp_path, monkeypatch):
   ws = make_workspace(tmp_path)
   ws.judge = ws.judge[0], {"heads": {"colour": ["red", "green"]}, "pairs": []}
-  with pytest.raises(ValueError, match="does not know the class 'cyan'"):
+  with pytest.raises(ValueError, match="the class 'cyan' fits 0 of them"):
     run_stages(ws, monkeypatch)
 
 

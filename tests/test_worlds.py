@@ -1,5 +1,6 @@
 """The worlds that ship with the package: whole, small, and described by their cards."""
 
+import pathlib
 import re
 
 import jax
@@ -12,7 +13,7 @@ from digzsl_jax.data import tokenizer
 from digzsl_jax.models import clip, hub, judge, stable_diffusion
 from digzsl_jax.workspace import WORLDS, resolve
 
-NAMES = sorted(folder.name for folder in WORLDS.iterdir() if folder.is_dir())
+NAMES = sorted(folder.name for folder in WORLDS.glob("*/"))
 each_world = pytest.mark.parametrize("world", NAMES)
 MODELS = ("clip", "judge", "sd")
 
@@ -67,7 +68,7 @@ def test_card(world):
   size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
   assert int(stated(r"([\d,]+) bytes").replace(",", "")) == size
   config = stated(r"python -m digzsl_jax\.main --config=(\S+\.py)")
-  assert (WORLDS.parent.parent / config).is_file()
+  assert (pathlib.Path(__file__).parent.parent / config).is_file()
   stated(r"\| data \| (.{20,}) \|")
   stated(r"\| seed \| (\d+) \|")
   stated(r"(?i)\blimits: (.{20,})")
