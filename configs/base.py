@@ -18,8 +18,8 @@ def pretrain() -> config_dict.ConfigDict:
           model=dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=32,
                      block_out_channels=(8, 32, 64), layers_per_block=1, norm_num_groups=8, act_fn="silu",
                      down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3),
-          kl=1e-3,
-          training=dict(steps=2000, batch=32, learning_rate=2e-3, weight_decay=0.0, average=0.995)),
+          kl=3e-4,
+          training=dict(steps=3000, batch=32, learning_rate=2e-3, weight_decay=0.0, average=0.995)),
       clip=dict(
           projection_dim=64,
           text=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
@@ -41,7 +41,7 @@ def pretrain() -> config_dict.ConfigDict:
           scheduler=dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear", beta_start=0.00085,
                          beta_end=0.012, num_train_timesteps=1000, prediction_type="v_prediction",
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
-          training=dict(steps=4000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
+          training=dict(steps=5000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
       export=dict(folder=""),
   ).lock()
 

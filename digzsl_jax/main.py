@@ -33,6 +33,7 @@ def dig_zsl(config: dict, workdir: pathlib.Path, log: logs.Log, dry_run: bool) -
   ws = Workspace(config, workdir, log)
   if dry_run:
     print(logs.parameter_table(ws.modules))
+    print("Costs are XLA's own count, in which the body of a loop counts once.")
   for name, module in STAGES.items():
     stage = ws.stage(name, module.NEEDS)
     if dry_run:
@@ -57,6 +58,8 @@ def main(_) -> None:
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}").expanduser()
   config = CONFIG.value.to_dict()
+  # `--config.stages=cdm,tokens` arrives as a tuple of one string.
+  config["stages"] = tuple(name for entry in config["stages"] for name in entry.split(","))
   if not jax.config.jax_compilation_cache_dir:  # a second run starts warm
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/digzsl_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -33,7 +33,8 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def compile_chunked(function: Callable, devices: jax.sharding.Mesh, size: int, busy: Callable) -> Callable:
+def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Mesh, size: int,
+                    busy: Callable = lambda *rows: True) -> Callable:
   """Compiles `function(common, *rows)` for rows sharded over the mesh, with equal results on every mesh.
 
   XLA sums in another order when a compiled body has another number of rows. So every device works
@@ -42,9 +43,10 @@ def compile_chunked(function: Callable, devices: jax.sharding.Mesh, size: int, b
   Args:
     function: `(common, *rows) -> outputs`; every leaf of rows and outputs leads with the sharded axis,
       of `size` entries or a multiple of it.
+    idle: as `function`, at no cost: the outputs of a chunk that has nothing to do.
     devices: the mesh.
     size: entries of the first leaf of `rows` that one call of `function` sees.
-    busy: `rows -> bool`; chunks for which it is False are skipped and give zeros.
+    busy: `rows -> bool`, whether a chunk has something to do.
 
   Returns:
     The compiled function of the same arguments, for any number of entries that is a multiple of `size`
@@ -58,9 +60,7 @@ def compile_chunked(function: Callable, devices: jax.sharding.Mesh, size: int, b
 
     def body(chunk):
       number, rows = chunk
-      shapes = jax.eval_shape(function, common, *rows)
-      skip = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-      return jax.lax.cond((number < count) & busy(*rows), lambda: function(common, *rows), skip)
+      return jax.lax.cond((number < count) & busy(*rows), function, idle, common, *rows)
 
     join = lambda leaf: leaf[:count].reshape(count * leaf.shape[1], *leaf.shape[2:])
     return jax.tree.map(join, jax.lax.map(body, (jnp.arange(count + 1), chunks)))

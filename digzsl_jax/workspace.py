@@ -142,7 +142,7 @@ class Workspace:
 
   @functools.cached_property
   def sd(self) -> tuple[stable_diffusion.StableDiffusion, diffusion.Schedule]:
-    return stable_diffusion.load(resolve(self.models.sd, "sd"))
+    return stable_diffusion.load(resolve(self.models.sd, "sd"), remat=self.config["tokens"]["remat"])
 
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
@@ -177,9 +177,9 @@ class Workspace:
 
   def new_cdm_head(self) -> cdm.Head:
     """An untrained head of the kind that guides tokens."""
-    section, encoder = self.config["cdm"], self.cdm_encoder
-    return cdm.Head(section["kind"], encoder.width, section["hidden"], self.prototypes_kd.shape[1],
-                    is_clip=encoder.is_clip, rngs=nnx.Rngs(self.seed))
+    section = self.config["cdm"]
+    return cdm.Head(section["kind"], self.cdm_encoder.width, section["hidden"], self.prototypes_kd.shape[1],
+                    rngs=nnx.Rngs(self.seed))
 
   def cdm_head(self, task: str) -> pathlib.Path:
     """The folder of a task's trained head, of the kind that guides tokens."""

@@ -21,13 +21,9 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory):
-  """A folder with random `clip` and `sd` of the smallest useful size, as `runs/pretrain.py` writes them."""
+def tiny_pretraining():
+  """Pre-training of the smallest models of useful size."""
   from configs import pretrain_scenes
-  from digzsl_jax import checkpoint, logs
-  from digzsl_jax.runs import pretrain
-  monkeypatch = pytest.MonkeyPatch()
-  monkeypatch.setattr(pretrain, "fit", lambda name, training, model, *rest: (model, {}))
   config = pretrain_scenes.get_config()
   config.corpus.images = 600
   config.vae.model.block_out_channels = (8, 8, 8)
@@ -36,6 +32,17 @@ def tiny_world(tmp_path_factory):
   config.sd.text.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
   config.sd.unet.block_out_channels = (16, 16)
   config.judge.model.width = 8
+  return config
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tiny_pretraining, tmp_path_factory):
+  """A folder with untrained `clip`, `sd` and `judge` of `tiny_pretraining`, as `runs/pretrain.py` writes them."""
+  from digzsl_jax import checkpoint, logs, loop
+  from digzsl_jax.runs import pretrain
+  monkeypatch = pytest.MonkeyPatch()
+  monkeypatch.setattr(loop.Loop, "run", lambda training, *arguments: (training.model, {}))
+  config = tiny_pretraining.copy_and_resolve_references()
   folder = tmp_path_factory.mktemp("world")
   config.export.folder = str(folder / "models")
   checkpoint.write_json(folder / "run" / "config.json", config.to_dict())

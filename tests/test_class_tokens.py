@@ -1,29 +1,142 @@
-"""Class tokens: equal on every mesh."""
+"""Class tokens: equal on every mesh, compiled once, and what happens to the classes in their slots."""
 
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digzsl_jax import checkpoint, logs
+from configs import quickstart
+from digzsl_jax import checkpoint, logs, mesh
 from digzsl_jax import main as command
 from digzsl_jax.runs import class_tokens
+from digzsl_jax.workspace import TOKENS
+
+COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-|reduce-scatter")
+START = np.array([1.0, -1.0], np.float32)
 
 
 def learn(config, folder):
   """Runs the first two stages; the tokens of both tasks."""
   config.stages = ("cdm", "tokens")
   command.dig_zsl(config.to_dict(), folder, logs.Log(folder), False)
-  return {(task, name): vector for task, file in class_tokens.TOKENS.items()
+  return {(task, name): vector for task, file in TOKENS.items()
           for name, vector in checkpoint.read_arrays(folder / "tokens" / file).items()}
 
 
 @pytest.mark.slow
-def test_tokens_on_meshes(tiny_config, tmp_path):
-  found = {}
-  for devices in (1, 2, 8):
+def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch):
+  learners, found = [], {}
+
+  class Recorded(class_tokens.Learner):
+
+    def __init__(self, *arguments):
+      super().__init__(*arguments)
+      learners.append(self)
+
+  monkeypatch.setattr(class_tokens, "Learner", Recorded)
+  for devices in (1, 2, 4, 8):
     tiny_config.mesh.devices = devices
     found[devices] = learn(tiny_config, tmp_path / str(devices))
-  assert len(found[2]) == 24 and all(np.abs(vector).max() > 0 for vector in found[2].values())
-  for key, vector in found[2].items():
-    np.testing.assert_array_equal(vector, found[8][key])
-    # Open: XLA compiles a mesh of one without partitioning and rounds otherwise; this must become equality too.
-    np.testing.assert_allclose(vector, found[1][key], rtol=0, atol=1e-5)
+    assert learners[-1].prefix._cache_size() == learners[-1].learn._cache_size() == 1
+  assert len(found[1]) == 24 and all(np.abs(vector).max() > 0 for vector in found[1].values())
+  for devices in (2, 4, 8):
+    for key, vector in found[1].items():
+      np.testing.assert_array_equal(vector, found[devices][key], err_msg=f"{key} on {devices} devices")
+  for name, text in compiled(learners[-1]).items():
+    assert "while" in text and not COLLECTIVE.findall(text), name
+
+
+def compiled(learner):
+  """The optimised programs of both steps."""
+  settings, ws = learner.settings, learner.ws
+  slots = class_tokens.fresh_slots(settings, np.zeros(settings.slots), ws.initial_token)
+  slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
+  return {"prefix": learner.prefix.lower(frozen, slots).compile().as_text(),
+          "learn": learner.learn.lower(frozen, slots, learner.prefix(frozen, slots)).compile().as_text()}
+
+
+class Script:
+  """A learner whose losses and accuracies are written down: `losses[k][u]` of class k at update u."""
+
+  def __init__(self, settings, losses, accuracies=None):
+    self.update = jax.jit(functools.partial(class_tokens.update, settings, class_tokens.optimiser(settings)))
+    self.losses_ku = jnp.array(losses, jnp.float32)
+    self.accuracies_ku = jnp.zeros_like(self.losses_ku) if accuracies is None else jnp.array(accuracies)
+    self.calls = 0
+
+  def frozen(self, task):
+    return None
+
+  def prefix(self, frozen, slots):
+    return None
+
+  def learn(self, frozen, slots, carry):
+    self.calls += 1
+    at = slots.class_c, slots.step_c
+    loss_c, accuracy_c = self.losses_ku[at], self.accuracies_ku[at]
+    grad_cd = jnp.where(jnp.isfinite(loss_c), 1.0, jnp.nan)[:, None] * jnp.ones_like(slots.token_cd)
+    made_c = class_tokens.live(slots)
+    return self.update(slots, grad_cd, loss_c, accuracy_c), class_tokens.Update(made_c, loss_c, accuracy_c)
+
+
+@pytest.fixture
+def play(tmp_path, capsys):
+  """`play(losses, accuracies, **settings) -> (outcome, script, printed)`."""
+  def play(losses, accuracies=None, **changes):
+    defaults = dict(slots=1, slots_per_body=1, check_every=2, max_updates=5, patience=5, stop_accuracy=1.0)
+    settings = class_tokens.Settings(**(quickstart.get_config().tokens.to_dict() | defaults | changes))
+    names = [f"class {k}" for k in range(len(losses))]
+    ws = types.SimpleNamespace(initial_token=START, log=logs.Log(tmp_path), mesh=mesh.make(1),
+                               dataset=types.SimpleNamespace(names=names))
+    task = types.SimpleNamespace(name="test", unseen=tuple(range(len(names))))
+    script = Script(settings, losses, accuracies)
+    outcome = class_tokens.learn_task(settings, ws, task, script, tmp_path / str(len(names)))
+    return outcome, script, capsys.readouterr().err
+  return play
+
+
+def reasons(outcome):
+  return [class_tokens.REASONS[reason] for reason in outcome.reason_k]
+
+
+def test_a_class_keeps_its_best_token(play):
+  outcome, _, _ = play([[3, 2, 1, 4, 5]], learning_rate=0.1)
+  assert reasons(outcome) == ["cap"] and outcome.best_step_k.tolist() == [2]
+  # Two updates of AdamW with a constant gradient, each of the learning rate's size, came before it.
+  np.testing.assert_allclose(outcome.token_kd[0], START - 0.2, rtol=1e-5)
+  np.testing.assert_array_equal(outcome.loss_ku[0], [3, 2, 1, 4, 5])
+
+
+def test_patience_counts_updates_without_improvement(play):
+  outcome, _, _ = play([[3, 2, 2, 2, 1]], patience=1)
+  assert reasons(outcome) == ["patience"] and outcome.best_step_k.tolist() == [1]
+  np.testing.assert_array_equal(outcome.loss_ku[0], [3, 2, 2, 2, np.nan])
+
+
+def test_a_class_that_is_recognised_stops(play):
+  outcome, _, _ = play([[3, 2, 1, 1, 1]], [[0, 0.5, 1, 1, 1]], stop_accuracy=0.6)
+  assert reasons(outcome) == ["accuracy"] and np.isfinite(outcome.loss_ku[0]).sum() == 3
+
+
+def test_nan_ends_one_class_with_its_best_token(play):
+  bad, good = [3, 2, np.nan, 1, 1], [5, 4, 3, 2, 1]
+  outcome, _, printed = play([bad, good, bad], slots=3)
+  assert reasons(outcome) == ["nan", "cap", "nan"] and np.isfinite(outcome.token_kd).all()
+  alone, _, _ = play([good], slots=1, max_updates=5)
+  np.testing.assert_array_equal(outcome.token_kd[1], alone.token_kd[0])
+  assert printed.count("loss or gradient was not finite at update") == 2 and "'class 2'" in printed
+
+
+def test_slots_are_refilled_and_idle_ones_cost_no_class(play):
+  losses = [[k + 5, k + 4, k + 3, k + 2, k + 1] for k in range(5)]
+  accuracies = [[k in (0, 3)] * 5 for k in range(5)]
+  outcome, script, _ = play(losses, accuracies, slots=2, stop_accuracy=0.5)
+  assert reasons(outcome) == ["accuracy", "cap", "cap", "accuracy", "cap"]
+  assert np.isfinite(outcome.loss_ku).sum(1).tolist() == [1, 5, 5, 1, 5]
+  # A slot waits for the next look, every second update: 0 | 2 2 2 | idle and 1 1 1 | 3 | 4 4 4.
+  assert script.calls == 2 * 7
+  np.testing.assert_array_equal(outcome.loss_ku[2], losses[2])

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import pytest
 from ml_collections import config_dict
 
-from digzsl_jax import main, workspace
+from digzsl_jax import loop, main, workspace
 from digzsl_jax.runs import pretrain
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def test_pretraining_fits(name):
   assert set(config["stages"]) <= set(pretrain.PARTS) <= set(config)
   for section in config.values():
     if isinstance(section, dict) and "training" in section:
-      pretrain.Training(**section["training"])
+      loop.Training(**section["training"])
 
 
 @pytest.mark.parametrize("name,section", [("pretrain_scenes", "vae.training"), ("quickstart", "tokens")])

@@ -160,7 +160,7 @@ def test_both_forms_of_guidance_agree():
     # Through one call the prompt's gradient is exact, and the latent's is that of the conditional half.
     np.testing.assert_allclose(both_grads[1], one_grads[1], rtol=1e-5)
     assert np.abs(both_grads[0] - one_grads[0]).max() > 0.1 or scale == 1
-    conditional = jax.grad(lambda x: scale * unet(x, level, text).sum())(NOISE)
+    conditional = jax.grad(lambda x, scale=scale: scale * unet(x, level, text).sum())(NOISE)
     np.testing.assert_allclose(one_grads[0], conditional, rtol=1e-5, atol=1e-6)
 
 

@@ -97,3 +97,16 @@ def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):
   with pytest.raises(ValueError, match="config.mesh.devices is 99"):
     tiny_config.mesh.devices = 99
     run(tiny_config, tmp_path / "mesh", "cdm", "tokens")
+
+
+def test_full_disk_keeps_what_is_finished(tiny_config, tmp_path, monkeypatch):
+  run(tiny_config, tmp_path, "cdm")
+  done = (tmp_path / "cdm" / "done.json").read_bytes()
+
+  def full(source, target):
+    raise OSError(28, "No space left on device")
+  monkeypatch.setattr("os.replace", full)
+  with pytest.raises(OSError, match=r"could not write .*No space left on device.*choose another --workdir"):
+    run(tiny_config, tmp_path, "tokens")
+  assert (tmp_path / "cdm" / "done.json").read_bytes() == done
+  assert not [path for path in tmp_path.rglob(".*") if path.is_file()]

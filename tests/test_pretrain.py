@@ -1,4 +1,4 @@
-"""Pre-training: an interrupted fit ends as an undisturbed one."""
+"""Pre-training: an interrupted training ends as an undisturbed one; a dry run goes through everything."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import checkpoint, logs
+from digzsl_jax import checkpoint, logs, loop
 from digzsl_jax.runs import pretrain
 
 
 def fit(folder, monkeypatch, steps, stop=None):
-  monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
-  data = jax.random.normal(jax.random.key(0), (pretrain.HELD_OUT + 64, 3))
+  monkeypatch.setattr(loop, "SAVE_EVERY", 2)
+  data = jax.random.normal(jax.random.key(0), (loop.HELD_OUT + 64, 3))
   model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
 
   def loss(model, frozen, batch, key):
@@ -27,7 +27,7 @@ def fit(folder, monkeypatch, steps, stop=None):
       if int(state.step) == stop:
         raise KeyboardInterrupt
     monkeypatch.setattr(checkpoint, "save_state", save_then_die)
-  return pretrain.fit("part", pretrain.Training(steps, 8, 0.1), model, loss, data, folder, logs.Log(folder), 0)
+  return loop.Loop("part", loop.Training(steps, 8, 0.1), model, loss, data, None, 0).run(folder, logs.Log(folder))
 
 
 def test_resume_is_exact(tmp_path, monkeypatch):
@@ -38,3 +38,14 @@ def test_resume_is_exact(tmp_path, monkeypatch):
   assert float(jnp.abs(whole.kernel[...]).sum()) > 0
   assert held["held_out_loss"] > 0
   jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))
+
+
+@pytest.mark.slow
+def test_dry_run_prints_the_cost_of_every_part(tiny_pretraining, tmp_path, capsys):
+  config = tiny_pretraining.to_dict()
+  for part in ("vae", "clip", "judge", "sd"):
+    config[part]["training"]["batch"] = 2
+  pretrain.run(config, tmp_path / "run", logs.Log(tmp_path / "log"), True)
+  printed = capsys.readouterr().out
+  assert printed.count("  update: ") == 4 and printed.count("GFLOP") == 4
+  assert not (tmp_path / "run").exists()

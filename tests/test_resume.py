@@ -37,8 +37,8 @@ def run_until(config, folder, writes, monkeypatch):
 
 def products(folder):
   """What has to be equal: tokens, images and results without times."""
-  files = {path.relative_to(folder): path.read_bytes() for pattern in ("tokens/*_embeds.safetensors", "generate/**/*.png")
-           for path in folder.glob(pattern)}
+  files = {path.relative_to(folder): path.read_bytes()
+           for pattern in ("tokens/*_embeds.safetensors", "generate/**/*.png") for path in folder.glob(pattern)}
   results = json.loads((folder / "results.json").read_text())
   results.pop("seconds")
   return files, results

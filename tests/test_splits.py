@@ -83,7 +83,8 @@ def test_fingerprint_changes_with_everything():
   pixel = base.test_seen.images_nhwc.copy()
   pixel[-1, 0, 0, 0] ^= 1
   changed = [dict(name="park"), dict(names=("ant", "bee", "cat", "dog", "emu", "gnu")),
-             dict(validation=(1, 3)), dict(test_seen=base.test_seen._replace(images_nhwc=pixel)), dict(real_unseen=None),
+             dict(validation=(1, 3)), dict(test_seen=base.test_seen._replace(images_nhwc=pixel)),
+             dict(real_unseen=None),
              dict(test_unseen=base.test_unseen._replace(labels_n=base.test_unseen.labels_n[::-1]))]
   prints = {splits.fingerprint(dataclasses.replace(base, **change)) for change in [{}, *changed]}
   assert len(prints) == 1 + len(changed)

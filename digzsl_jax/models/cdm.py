@@ -74,7 +74,7 @@ class Preprocess:
     top, left = round((i - self.size) / 2), round((j - self.size) / 2)
     images_bijc = images_bijc[:, top:top + self.size, left:left + self.size]
     # (x / 2 + 1 / 2 - mean) / std, in the form that leaves x as it is for mean = std = 1 / 2
-    return (images_bijc - (2 * np.array(self.mean, np.float32) - 1)) / (2 * np.array(self.std, np.float32))
+    return (images_bijc - (2 * np.array(self.mean, np.float32) - 1)) * (0.5 / np.array(self.std, np.float32))
 
 
 class Encoder(nnx.Module):

@@ -70,6 +70,16 @@ def activation(name: str):
   return known[name]
 
 
+def softmax(logits: jax.Array) -> jax.Array:
+  """Over the last axis, by one reciprocal a row.
+
+  XLA turns the quotients in the gradient of `jax.nn.softmax` into products or not depending on what it
+  partitions, and rounds accordingly; class tokens must not depend on the number of devices.
+  """
+  powers = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+  return powers * (1 / powers.sum(-1, keepdims=True))
+
+
 def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
               bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """Scaled dot-product attention with a float32 softmax.
@@ -87,7 +97,7 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   logits_bhlm *= q_blhd.shape[-1] ** -0.5
   if bias is not None:
     logits_bhlm += bias
-  weights_bhlm = jax.nn.softmax(logits_bhlm, axis=-1)
+  weights_bhlm = softmax(logits_bhlm)
   out_blhd = jnp.einsum("bhlm,bmhd->blhd", weights_bhlm.astype(v_bmhd.dtype), v_bmhd)
   return out_blhd, weights_bhlm
 

@@ -38,6 +38,13 @@ class StableDiffusion(nnx.Module):
     config = self.unet.config
     return config.sample_size, config.sample_size, config.in_channels
 
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """`(height, width, 3)` of decoded latents of `latent_shape`."""
+    height, width, _ = self.latent_shape
+    factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+    return height * factor, width * factor, self.vae.config.out_channels
+
   def decode(self, latents_bhwz: jax.Array) -> jax.Array:
     """Images in [-1, 1] (clipped) of latents as the denoiser knows them (scaled)."""
     return jnp.clip(self.vae.decode(latents_bhwz / self.vae.scaling_factor), -1, 1)

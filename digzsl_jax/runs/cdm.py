@@ -21,7 +21,7 @@ from flax import nnx
 from digzsl_jax import checkpoint, losses, metrics
 from digzsl_jax.data import splits
 from digzsl_jax.models import cdm
-from digzsl_jax.workspace import Workspace, check, resolve
+from digzsl_jax.workspace import Workspace, check
 
 NEEDS = ()
 FIELDS = ("train", "test_seen", "test_unseen", "real_unseen")
@@ -84,17 +84,8 @@ def encode_task(encode: Callable[[np.ndarray], np.ndarray], task: splits.Task,
   return features
 
 
-def fit(head: cdm.Head, features_nf: np.ndarray, labels_n: np.ndarray, prototypes_kp: np.ndarray,
-        settings: Settings, seed: int) -> tuple[cdm.Head, np.ndarray]:
-  """Minimises the cross-entropy over cosines; the whole training is one compiled call.
-
-  Args:
-    labels_n: rows of `prototypes_kp`, which holds the seen classes alone.
-
-  Returns:
-    `(head, loss of every step)`.
-  """
-  graphdef, params = nnx.split(head)
+def compile_training(graphdef: nnx.GraphDef, settings: Settings) -> Callable:
+  """The compiled `(params, features_nf, labels_n, prototypes_kp, key) -> (params, loss of every step)`."""
   schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.steps)
   tx = optax.adamw(schedule, weight_decay=settings.weight_decay)
 
@@ -102,7 +93,6 @@ def fit(head: cdm.Head, features_nf: np.ndarray, labels_n: np.ndarray, prototype
     embeds_bp = nnx.merge(graphdef, params)(features_bf)
     return losses.cosine_cross_entropy(embeds_bp, prototypes_kp, labels_b, settings.temperature)[0].mean()
 
-  @jax.jit
   def train(params, features_nf, labels_n, prototypes_kp, key):
     def update(carry, step):
       params, optimiser = carry
@@ -114,13 +104,39 @@ def fit(head: cdm.Head, features_nf: np.ndarray, labels_n: np.ndarray, prototype
     (params, _), loss_s = jax.lax.scan(update, (params, tx.init(params)), jnp.arange(settings.steps))
     return params, loss_s
 
+  return jax.jit(train)
+
+
+def fit(head: cdm.Head, features_nf: np.ndarray, labels_n: np.ndarray, prototypes_kp: np.ndarray,
+        settings: Settings, seed: int) -> tuple[cdm.Head, np.ndarray]:
+  """Minimises the cross-entropy over cosines; the whole training is one compiled call.
+
+  Args:
+    labels_n: rows of `prototypes_kp`, which holds the seen classes alone.
+
+  Returns:
+    `(head, loss of every step)`.
+  """
+  graphdef, params = nnx.split(head)
+  train = compile_training(graphdef, settings)
   params, loss_s = train(params, features_nf, labels_n, prototypes_kp, jax.random.key(seed))
   return nnx.merge(graphdef, params), np.asarray(loss_s)
 
 
+def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
+  """The training of the test task's head for `--dry_run`: lowered, not run."""
+  task, (graphdef, params) = ws.tasks["test"], nnx.split(ws.new_cdm_head())
+  images_nijc = jax.ShapeDtypeStruct(task.train.images_nhwc.shape, np.float32)
+  features_nf = jax.eval_shape(ws.cdm_encoder, images_nijc)
+  labels_n = np.zeros(len(features_nf), np.int64)
+  train = compile_training(graphdef, settings)
+  prototypes_kp = ws.prototypes_kd[list(task.seen)]
+  return {"all steps": train.lower(params, features_nf, labels_n, prototypes_kp, jax.random.key(0))}
+
+
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Returns the held-out accuracy on seen classes, in percent, and the last loss, by task and kind."""
-  encoder = cdm.load_encoder(settings.encoder, ws.clip, resolve(ws.models.clip, "clip"))
+  encoder = ws.cdm_encoder
   encode, features, known = cdm.batched(encoder), {}, {}
   for task in ws.tasks.values():
     features |= encode_task(encode, task, known)

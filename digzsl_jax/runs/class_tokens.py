@@ -30,7 +30,7 @@ from flax import nnx
 from digzsl_jax import checkpoint, diffusion, losses, mesh
 from digzsl_jax.data import prompts, splits
 from digzsl_jax.models import cdm, stable_diffusion
-from digzsl_jax.workspace import TOKENS, Workspace, check, resolve
+from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("cdm",)
 NOISE_STREAM = 1  # keeps the noise of learning apart from the noise of generation
@@ -197,7 +197,7 @@ def fresh_slots(settings: Settings, class_c: np.ndarray, token_d: jax.Array) -> 
   token_cd = jnp.tile(token_d, (count, 1))
   zeros = jnp.zeros(count, jnp.int32)
   return Slots(jnp.asarray(class_c, jnp.int32), zeros, jnp.full(count, settings.patience, jnp.int32), zeros, token_cd,
-               token_cd, jnp.full(count, jnp.inf), zeros, jax.vmap(optimiser(settings).init)(token_cd))
+               token_cd, jnp.full(count, np.inf, jnp.float32), zeros, jax.vmap(optimiser(settings).init)(token_cd))
 
 
 def live(slots: Slots) -> jax.Array:
@@ -256,8 +256,17 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
     made_s = live(slots)
     return update(settings, tx, slots, grad_sd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
 
+  def no_images(frozen, slots):
+    rows = slots.class_c.shape[0] * settings.images
+    return path.sampler.start(jnp.zeros((rows, *nnx.merge(graphdef, frozen.params).sd.latent_shape)))
+
+  def unchanged(frozen, slots, carry):
+    nothing = jnp.zeros_like(slots.best_loss_c)
+    return slots, Update(live(slots), nothing, nothing)
+
   busy = lambda slots, *carry: live(slots).any()
-  return tuple(mesh.compile_chunked(function, devices, settings.slots_per_body, busy) for function in (prefix, learn))
+  return tuple(mesh.compile_chunked(function, idle, devices, settings.slots_per_body, busy)
+               for function, idle in ((prefix, no_images), (learn, unchanged)))
 
 
 def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, grad_sd: jax.Array, loss_s: jax.Array,
@@ -341,7 +350,7 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
     slots, next_class = collect(outcome, jax.device_get(slots), next_class, settings, token_d, ws.log, names)
     checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
-    bar.set_postfix(loss=f"{np.mean(made.loss_c):.3f}", accuracy=f"{np.mean(made.accuracy_c):.2f}")
+    bar.set_postfix(loss=f"{np.mean(made.loss_c):.3f}", accuracy=f"{np.mean(made.accuracy_c):.2f}", refresh=False)
   bar.close()
   return outcome
 
@@ -370,12 +379,11 @@ class Learner:
     check(settings.slots % width == 0, "tokens.slots", settings.slots, f"a multiple of {width}: slots_per_body "
           "times the devices of the mesh")
     self.settings, self.ws, self.discriminator = settings, ws, discriminator
-    self.sd, self.schedule = stable_diffusion.load(resolve(ws.models.sd, "sd"), remat=settings.remat)
-    path = gradient_path(settings, self.schedule)
+    path = gradient_path(settings, ws.sd[1])
     self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
 
   def _graphdef_and_params(self, task: str) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(Guide(self.sd, self.discriminator(task)))
+    return nnx.split(Guide(self.ws.sd[0], self.discriminator(task)))
 
   def frozen(self, task: splits.Task) -> Frozen:
     """A task's classes, and the frozen models with its own CDM."""

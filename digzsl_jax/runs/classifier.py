@@ -26,7 +26,7 @@ from digzsl_jax.data import generated, splits
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, hub
 from digzsl_jax.models.classifier import Classifier
-from digzsl_jax.workspace import Workspace, check, resolve
+from digzsl_jax.workspace import Workspace, check
 
 NEEDS = ("cdm", "generate")
 FEATURES = ("pooled", "embedding", "all")
@@ -88,30 +88,24 @@ def columns(features: str, width: int, total: int) -> tuple[int, int]:
   return {"pooled": (0, width), "embedding": (width, total), "all": (0, total)}[features]
 
 
-def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sumf: np.ndarray,
-        settings: Settings) -> tuple[list[Classifier], np.ndarray]:
-  """Minimises the cross-entropy, every class with equal weight; all sources in one compiled call.
+def compile_training(graphdef: nnx.GraphDef, labels_n: np.ndarray, unseen: int, images: int,
+                     settings: Settings) -> Callable:
+  """The compiled `(params, rest, seen_nf, unseen_srf) -> (params, last loss)`, one classifier of each source.
 
-  Args:
-    labels_n: positions among the seen classes, which are the first columns of the logits.
-
-  Returns:
-    `(one classifier of each source, their last losses)`.
+  Every class weighs the same.
   """
-  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   tx = optax.adamw(optax.cosine_decay_schedule(settings.learning_rate, settings.steps),
                    weight_decay=settings.weight_decay)
   loss_of = optax.softmax_cross_entropy_with_integer_labels
   count_k = np.bincount(labels_n)
-  sources, unseen, made, _ = unseen_sumf.shape
   weight_n = 1 / count_k[labels_n]
-  unseen_labels_r = np.repeat(np.arange(unseen) + len(count_k), made)
+  unseen_labels_r = np.repeat(np.arange(unseen) + len(count_k), images)
 
   def train(params, rest, seen_nf, unseen_rf):
     def objective(params):
       logits = nnx.merge(graphdef, params, rest)
       seen = jnp.sum(weight_n * loss_of(logits(seen_nf), labels_n))
-      return (seen + jnp.sum(loss_of(logits(unseen_rf), unseen_labels_r)) / made) / (len(count_k) + unseen)
+      return (seen + jnp.sum(loss_of(logits(unseen_rf), unseen_labels_r)) / images) / (len(count_k) + unseen)
 
     def update(carry, _):
       params, optimiser = carry
@@ -122,10 +116,31 @@ def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sum
     (params, _), loss_t = jax.lax.scan(update, (params, tx.init(params)), length=settings.steps)
     return params, loss_t[-1]
 
-  unseen_srf = unseen_sumf.reshape(sources, unseen * made, -1)
-  trained, loss_s = jax.jit(jax.vmap(train, in_axes=(None, None, None, 0)))(params, rest, seen_nf, unseen_srf)
-  trained = [jax.tree.map(lambda leaf: leaf[row], trained) for row in range(sources)]
-  return [nnx.merge(graphdef, params, rest) for params in trained], np.asarray(loss_s)
+  return jax.jit(jax.vmap(train, in_axes=(None, None, None, 0)))
+
+
+def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sumf: np.ndarray,
+        settings: Settings) -> tuple[list[Classifier], np.ndarray]:
+  """Minimises the cross-entropy; all sources in one compiled call.
+
+  Args:
+    labels_n: positions among the seen classes, which are the first columns of the logits.
+
+  Returns:
+    `(one classifier of each source, their last losses)`.
+  """
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+  sources, unseen, images, width = unseen_sumf.shape
+  train = compile_training(graphdef, labels_n, unseen, images, settings)
+  trained, loss_s = train(params, rest, seen_nf, unseen_sumf.reshape(sources, unseen * images, width))
+  one = lambda row: jax.tree.map(lambda leaf: leaf[row], trained)
+  return [nnx.merge(graphdef, one(row), rest) for row in range(sources)], np.asarray(loss_s)
+
+
+def seen_positions(task: splits.Task) -> np.ndarray:
+  """Labels of the training images as positions among the seen classes."""
+  position = {label: row for row, label in enumerate(task.seen)}
+  return np.array([position[label] for label in task.train.labels_n.tolist()])
 
 
 def train_task(settings: Settings, task: splits.Task, features: dict[str, np.ndarray],
@@ -144,8 +159,7 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
   if task.real_unseen is not None:
     unseen["real"] = real_images(features["real_unseen"], task.real_unseen.labels_n, task.unseen,
                                  settings.images)
-  position = {label: row for row, label in enumerate(task.seen)}
-  labels_n = np.array([position[label] for label in task.train.labels_n.tolist()])
+  labels_n = seen_positions(task)
   classes = [ws.dataset.names[label] for label in (*task.seen, *task.unseen)]
   used = columns(settings.features, width, features["train"].shape[1])
   model = Classifier(used, settings.hidden, len(classes), rngs=nnx.Rngs(ws.seed))
@@ -157,9 +171,23 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
   return {f"{task.name}_{source}": {"loss": round(float(loss), 4)} for source, loss in zip(unseen, loss_s)}
 
 
+def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
+  """The training of the test task's classifiers for `--dry_run`: lowered, not run."""
+  task, encoder = ws.tasks["test"], ws.cdm_encoder
+  images_nijc = jax.ShapeDtypeStruct(task.train.images_nhwc.shape, np.float32)
+  seen_nf = jax.eval_shape(encoder, images_nijc)
+  used = columns(settings.features, encoder.width, seen_nf.shape[1])
+  model = Classifier(used, settings.hidden, len(task.seen) + len(task.unseen), rngs=nnx.Rngs(ws.seed))
+  graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+  sources = 2 + (task.real_unseen is not None)
+  made_srf = jax.ShapeDtypeStruct((sources, len(task.unseen) * settings.images, seen_nf.shape[1]), np.float32)
+  train = compile_training(graphdef, seen_positions(task), len(task.unseen), settings.images, settings)
+  return {"all steps": train.lower(params, rest, seen_nf, made_srf)}
+
+
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Returns the last loss of each classifier."""
-  encoder = cdm.load_encoder(ws.config["cdm"]["encoder"], ws.clip, resolve(ws.models.clip, "clip"))
+  encoder = ws.cdm_encoder
   encode, summary, cached = cdm.batched(encoder), {}, {}
   real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
   for name, task in ws.tasks.items():

@@ -86,7 +86,10 @@ def compile_sampler(settings: Settings, seed: int, schedule: diffusion.Schedule,
     images_bhwc = sd.decode(diffusion.sample(denoise, noise_bhwz, sampler))
     return jnp.round((images_bhwc + 1) * 127.5).astype(jnp.uint8)
 
-  return mesh.compile_chunked(generate, devices, settings.batch, lambda rows: jnp.bool_(True))
+  def blank(frozen, rows):
+    return jnp.zeros((settings.batch, *nnx.merge(graphdef, frozen[0]).image_shape), jnp.uint8)
+
+  return mesh.compile_chunked(generate, blank, devices, settings.batch)
 
 
 def slug(name: str) -> str:

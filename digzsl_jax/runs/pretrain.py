@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,35 +22,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, losses
+from digzsl_jax import checkpoint, diffusion, loop, losses
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
-from digzsl_jax.logs import Log
+from digzsl_jax.logs import Log, memory_and_flops, parameter_table
 from digzsl_jax.models import clip, hub, judge, unet, vae
-
-HELD_OUT = 512  # pictures at the end of the corpus that no part trains on
-SAVE_EVERY = 500  # updates between checkpoints
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-  """AdamW with linear warm-up, cosine decay to zero, gradient clipping at norm 1 and an average of weights."""
-
-  steps: int
-  batch: int
-  learning_rate: float
-  weight_decay: float = 0.01
-  average: float = 0.999
-
-  def optimiser(self) -> optax.GradientTransformation:
-    rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, min(200, self.steps // 10), self.steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=self.weight_decay))
-
-
-class TrainState(NamedTuple):
-  step: jax.Array
-  params: nnx.State
-  average: nnx.State
-  optimiser: optax.OptState
 
 
 class Corpus(NamedTuple):
@@ -72,65 +48,6 @@ def load_corpus(settings: Mapping, seed: int) -> Corpus:
     images, captions, labels = fashion_mnist.web_corpus(settings["folder"], count, seed, mixup)
     return Corpus(images, captions, [fashion_mnist.NAMES[k] for k in labels], fashion_mnist.WORDS)
   raise ValueError(f"corpus.name is {settings['name']!r}; known: 'scenes', 'fashion_mnist'")
-
-
-def fit(name: str, training: Training, model: nnx.Module, loss: Callable, data: Any, folder: pathlib.Path,
-        log: Log, seed: int, frozen: Any = None) -> tuple[nnx.Module, dict[str, float]]:
-  """Minimises `loss(model, frozen, batch, key) -> (scalar, metrics)`.
-
-  Args:
-    data: pytree of arrays with a leading picture axis; the last `HELD_OUT` rows only measure.
-    frozen: arrays handed to `loss` unchanged.
-
-  Returns:
-    The model of averaged weights, and its metrics on the held-out rows.
-  """
-  graphdef, params = nnx.split(model)
-  tx, rows = training.optimiser(), jax.tree.leaves(data)[0].shape[0] - HELD_OUT
-
-  def value(params, frozen, batch, key):
-    return loss(nnx.merge(graphdef, params), frozen, batch, key)
-
-  @functools.partial(jax.jit, donate_argnums=0)
-  def update(state, frozen, data):
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    picks = jax.random.randint(jax.random.fold_in(key, 0), (training.batch,), 0, rows)
-    batch = jax.tree.map(lambda leaf: leaf[picks], data)
-    grads, metrics = jax.grad(value, has_aux=True)(state.params, frozen, batch, jax.random.fold_in(key, 1))
-    updates, optimiser = tx.update(grads, state.optimiser, state.params)
-    params = optax.apply_updates(state.params, updates)
-    decay = jnp.minimum(training.average, (1 + state.step) / (10 + state.step))
-    average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
-    return TrainState(state.step + 1, params, average, optimiser), metrics
-
-  held_out = jax.tree.map(lambda leaf: leaf[-HELD_OUT:], data)
-  measure = jax.jit(lambda params, frozen, batch: value(params, frozen, batch, jax.random.key(0))[1])
-
-  def held_out_metrics(state):
-    found = measure(state.average, frozen, held_out)
-    return {f"held_out_{name}": round(float(number), 5) for name, number in found.items()}
-
-  state = TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), tx.init(params))
-  state = checkpoint.load_state(folder / "state.safetensors", state) or state
-  bar = log.progress(training.steps, name, done=int(state.step))
-  while (step := int(state.step)) < training.steps:
-    state, metrics = update(state, frozen, data)
-    bar.update()
-    if (step + 1) % 100 == 0:
-      log.metrics(name, step + 1, **{k: float(v) for k, v in metrics.items()})
-      bar.set_postfix({k: f"{float(v):.3g}" for k, v in metrics.items()})
-    if (step + 1) % SAVE_EVERY == 0 or step + 1 == training.steps:
-      checkpoint.save_state(folder / "state.safetensors", state)
-      log.metrics(name, step + 1, **held_out_metrics(state))
-  bar.close()
-  return nnx.merge(graphdef, state.average), held_out_metrics(state)
-
-
-def build(model_type: type[nnx.Module], config: Mapping, seed: int) -> nnx.Module:
-  """A freshly initialised model, initialised in one compiled call (eager initialisation is slow)."""
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_type.from_json(config, rngs=nnx.Rngs(seed))))
-  state = jax.jit(lambda: nnx.state(model_type.from_json(config, rngs=nnx.Rngs(seed))))()
-  return nnx.merge(graphdef, state)
 
 
 def to_images(images_bhwc: jax.Array) -> jax.Array:
@@ -205,6 +122,7 @@ class World:
   workdir: pathlib.Path
   log: Log
   seed: int
+  dry_run: bool = False
 
   @functools.cached_property
   def corpus(self) -> Corpus:
@@ -224,8 +142,13 @@ class World:
     return jnp.asarray(self.corpus.images_nhwc)
 
   def fit(self, name: str, part: Mapping, model: nnx.Module, loss: Callable, data: Any, frozen: Any = None):
-    return fit(name, Training(**part["training"]), model, loss, data, self.workdir / name, self.log, self.seed,
-               frozen)
+    """`(trained model, held-out metrics)`; a dry run prints what it would take and trains nothing."""
+    training = loop.Loop(name, loop.Training(**part["training"]), model, loss, data, frozen, self.seed)
+    if not self.dry_run:
+      return training.run(self.workdir / name, self.log)
+    print(parameter_table({name: model}))
+    print(f"  update: {memory_and_flops(training.lower().compile())}\n")
+    return model, {}
 
 
 def text_config(world: World, config: Mapping) -> dict:
@@ -242,7 +165,7 @@ def train_tokenizer(world: World, part: Mapping) -> dict:
 
 def train_vae(world: World, part: Mapping) -> dict:
   config = dict(part["model"], _class_name="AutoencoderKL", scaling_factor=1.0)
-  model, held = world.fit("vae", part, build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
+  model, held = world.fit("vae", part, loop.build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
                     frozen=part["kl"])
   latents = encode(model, world.images_nhwc[:4096])
   config["scaling_factor"] = float(1 / latents.std())  # unit variance, as Stable Diffusion's 0.18215
@@ -262,7 +185,7 @@ def train_clip(world: World, part: Mapping) -> dict:
             "text_config": text_config(world, dict(part["text"], projection_dim=part["projection_dim"])),
             "vision_config": dict(part["vision"], model_type="clip_vision_model",
                                   projection_dim=part["projection_dim"])}
-  model, held = world.fit("clip", part, build(clip.CLIPModel, config, world.seed), clip_loss,
+  model, held = world.fit("clip", part, loop.build(clip.CLIPModel, config, world.seed), clip_loss,
                     (world.images_nhwc, world.ids_nl))
   hub.save(model, world.workdir / "clip", config)
   checkpoint.write_json(world.workdir / "clip" / "preprocessor_config.json", preprocessor(part["vision"]["image_size"]))
@@ -281,7 +204,7 @@ def train_judge(world: World, part: Mapping) -> dict:
   config = part["model"]
   rows = [judge.targets(config, name) for name in world.corpus.labels]
   labels = {head: jnp.array([row[head] for row in rows]) for head in config["heads"]}
-  model, held = world.fit("judge", part, build(judge.Judge, config, world.seed), judge_loss,
+  model, held = world.fit("judge", part, loop.build(judge.Judge, config, world.seed), judge_loss,
                           (world.images_nhwc, labels))
   hub.save(model, world.workdir / "judge", config)
   return held
@@ -294,8 +217,8 @@ def train_sd(world: World, part: Mapping) -> dict:
   text = text_config(world, part["text"]) | {"architectures": ["CLIPTextModel"]}
   denoiser = dict(part["unet"], _class_name="UNet2DConditionModel", cross_attention_dim=text["hidden_size"])
   scheduler = dict(part["scheduler"])
-  model = Denoising(build(clip.CLIPTextModel, text, world.seed),
-                    build(unet.UNet2DConditionModel, denoiser, world.seed + 1))
+  model = Denoising(loop.build(clip.CLIPTextModel, text, world.seed),
+                    loop.build(unet.UNet2DConditionModel, denoiser, world.seed + 1))
   loss = functools.partial(sd_loss, diffusion.Schedule.from_config(scheduler), part["drop"])
   null_l = jnp.asarray(world.tokenizer([""]))[0]
   model, held = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=null_l)
@@ -373,7 +296,7 @@ def model_card(world: World, size: int, digest: str) -> str:
     rows.append(f"| {part} | {figures} | {done['seconds']} |")
   return CARD.format(title=name, command=f"python -m digzsl_jax.main --config=configs/pretrain_{name}.py",
                      data=DATA[name].format(**config["corpus"]), seed=config["seed"], size=size, digest=digest,
-                     held_out=HELD_OUT, rows="\n".join(rows), limits=LIMITS[name])
+                     held_out=loop.HELD_OUT, rows="\n".join(rows), limits=LIMITS[name])
 
 
 PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
@@ -383,11 +306,19 @@ NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": 
 
 
 def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None:
-  """Runs the parts named in `config["stages"]`, each skipped when its result is there."""
+  """Runs the parts named in `config["stages"]`, each skipped when its result is there.
+
+  A dry run goes through all of them with a handful of pictures and no training, in a temporary folder.
+  """
   if unknown := set(config["stages"]) - set(PARTS):
     raise ValueError(f"stages: {sorted(unknown)} unknown; pretrain has {list(PARTS)}")
   if dry_run:
     print("stages:", ", ".join(config["stages"]))
+    with tempfile.TemporaryDirectory() as folder:
+      few = dict(config["corpus"], images=2 * loop.HELD_OUT)
+      world = World(few, pathlib.Path(folder), log, config["seed"], dry_run=True)
+      for name in ("tokenizer", "vae", "clip", "judge", "sd"):
+        PARTS[name](world, config[name])
     return
   world, stages = World(config["corpus"], workdir, log, config["seed"]), {}
   for name, function in PARTS.items():
