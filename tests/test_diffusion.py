@@ -64,7 +64,7 @@ def test_ranges_of_calls_compose(kind):
   for cut in (0, 1, 3, sampler.calls - 1):
     parts = run(run(sampler.start(NOISE), 0, cut), cut, sampler.calls)
     atol = 1e-6 if 1 in (cut, sampler.calls - cut) else 0
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol), parts, whole)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0, atol=atol), parts, whole)
   with pytest.raises(ValueError, match="outside of this sampler's"):
     sampler.run(toy, sampler.start(NOISE), 0, sampler.calls + 1)
 

@@ -19,7 +19,8 @@ TOOLS = {"mesh", "checkpoint", "logs", "report_page"}
 MAY_IMPORT = {
     "__init__": set(),
     "main": {"runs", "workspace", *TOOLS},
-    "runs": {"workspace", *LIBRARY, *TOOLS},  # but never each other
+    "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
+    "loop": {"checkpoint", "logs"},
     "workspace": {*LIBRARY, *TOOLS},
     "models": {"models", "diffusion", "losses"},
     "diffusion": set(),
@@ -165,8 +166,8 @@ def unread(tree: ast.Module) -> dict[str, set[str]]:
 
 
 def read_by_others(section: str) -> set[str]:
-  """Fields that any run reads from the section of another: `config["cdm"]["kind"]`."""
-  subscripts = [node for file in in_package("runs") for node in ast.walk(tree_of(file))
+  """Fields that any run or the workspace reads from the section of another: `config["cdm"]["kind"]`."""
+  subscripts = [node for file in in_package("runs", "workspace") for node in ast.walk(tree_of(file))
                 if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript)]
   keys = [(node.value.slice, node.slice) for node in subscripts]
   return {field.value for outer, field in keys if isinstance(outer, ast.Constant)
