@@ -48,7 +48,7 @@ def make_workspace(folder, dataset):
   prototypes_kd = np.random.default_rng(1).normal(size=(len(dataset.names), 6)).astype(np.float32)
   return types.SimpleNamespace(
       dataset=dataset, tasks=splits.tasks(dataset), clip=make_clip(), log=said, seed=0, workdir=folder,
-      models=types.SimpleNamespace(clip=str(folder)),
+      cdm_encoder=cdm.Encoder(make_clip(), folder),
       prototypes_kd=prototypes_kd / np.linalg.norm(prototypes_kd, axis=1, keepdims=True))
 
 

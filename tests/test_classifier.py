@@ -63,12 +63,11 @@ def world(tmp_path, monkeypatch):
               for field in ("train", "test_seen", "test_unseen", "real_unseen")}
   checkpoint.write_arrays(tmp_path / "cdm" / "features.safetensors", features)
   write_generated(tmp_path / "generate" / "test", task, np.random.default_rng(1))
-  monkeypatch.setattr(cdm, "load_encoder", lambda *arguments: types.SimpleNamespace(width=3))
   monkeypatch.setattr(cdm, "batched", lambda *arguments: lambda nijc: nijc.mean((1, 2)).astype(np.float32))
   dataset = types.SimpleNamespace(names=NAMES)
   log = types.SimpleNamespace(say=lambda text: None, progress=lambda total, name: Bar())
   return types.SimpleNamespace(config={"cdm": {"encoder": "clip"}}, clip=None, log=log, seed=0,
-                               tasks={"test": task}, models=types.SimpleNamespace(clip=str(tmp_path)),
+                               tasks={"test": task}, cdm_encoder=types.SimpleNamespace(width=3),
                                dataset=dataset, folder=lambda name: tmp_path / name)
 
 

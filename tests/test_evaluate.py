@@ -69,7 +69,8 @@ def make_workspace(folder, has_real=True):
       config={"cdm": {"encoder": "clip", "kind": "residual", "temperature": 0.05}}, seed=3, workdir=folder,
       log=log, judge=judge, dataset=dataset, tasks=splits.tasks(dataset), stages={},
       clip=types.SimpleNamespace(logit_scale=nnx.Param(jnp.float32(3))), folder=lambda name: folder / name,
-      models=types.SimpleNamespace(clip=str(folder)), prototypes_kd=prototypes_kd)
+      models=types.SimpleNamespace(clip=str(folder)), cdm_encoder=types.SimpleNamespace(width=3),
+      prototypes_kd=prototypes_kd)
 
 
 class Bar(list):
@@ -80,7 +81,6 @@ class Bar(list):
 
 def run_stages(ws, monkeypatch):
   """Writes what the stages before `evaluate` leave, then runs it; returns what `results.json` holds."""
-  monkeypatch.setattr(cdm, "load_encoder", lambda *arguments: types.SimpleNamespace(width=3))
   monkeypatch.setattr(cdm, "batched", lambda *arguments: features_of)
   features = {}
   for name, task in ws.tasks.items():

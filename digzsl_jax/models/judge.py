@@ -3,13 +3,14 @@
 It reports whether a generated picture shows what its prompt names. It is never used for guidance, so
 a token that fools the category discrimination model does not fool it for free.
 
-Shapes: b batch, h w pixels, c channel.
+Shapes: b batch, h w pixels, c channel, k class, m image of a class.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from digzsl_jax.models import layers
@@ -55,3 +56,29 @@ def targets(config: Mapping, name: str) -> dict[str, int]:
       raise ValueError(f"the judge's head {head!r} knows {list(labels)}; the class {name!r} fits {len(rows)} of them")
     found[head] = rows[0]
   return found
+
+
+def agreement(model: Judge, config: Mapping, names: Sequence[str], images_kmhwc: np.ndarray) -> dict[str, np.ndarray]:
+  """Whether the judge sees the class that each image is meant to show.
+
+  Args:
+    config: the model's, whose "pairs" are groups of labels that captions mix up.
+    names: of the classes, one for each row of images.
+    images_kmhwc: uint8.
+
+  Returns:
+    booleans `[k, m]`: "exact", and "pair" with the labels of a group counted as one.
+  """
+  flat = images_kmhwc.reshape(-1, *images_kmhwc.shape[2:]).astype(np.float32) / 127.5 - 1
+  logits = jax.jit(lambda images: model(images))(flat)
+  exact, pair = [], []
+  for head, labels in config["heads"].items():
+    said_km = np.argmax(logits[head], -1).reshape(images_kmhwc.shape[:2])
+    wanted_k1 = np.array([targets(config, name)[head] for name in names])[:, None]
+    group = np.arange(len(labels))
+    for mixed_up in config["pairs"]:
+      members = [labels.index(label) for label in mixed_up if label in labels]
+      group[members] = members[:1] * len(members)
+    exact.append(said_km == wanted_k1)
+    pair.append(group[said_km] == group[wanted_k1])
+  return {"exact": np.all(exact, 0), "pair": np.all(pair, 0)}

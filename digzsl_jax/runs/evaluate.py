@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from digzsl_jax import checkpoint, logs, losses, metrics
 from digzsl_jax.data import generated, splits
@@ -145,22 +144,10 @@ def judge_hits(ws: Workspace, folder: pathlib.Path, manifest: dict, source: str,
                names: Sequence[str]) -> dict[str, np.ndarray]:
   """Share of each class's images in which the judge sees that class, exactly and up to mixed-up words."""
   model, config = ws.judge
-  graphdef, params = nnx.split(model)
-  apply = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images.astype(jnp.float32) / 127.5 - 1))
-  seen = [{head: np.argmax(logits, -1) for head, logits in apply(params, images_nhwc).items()}
-          for images_nhwc in generated.batches(folder, manifest, source, names)]
-  targets = [judge.targets(config, name) for name in names]
-  exact, pairs = [], []
-  for head, labels in config["heads"].items():
-    said_um = np.concatenate([chunk[head] for chunk in seen]).reshape(len(names), -1)
-    wanted_u1 = np.array([target[head] for target in targets])[:, None]
-    group = np.arange(len(labels))  # labels of one group count as the same
-    for pair in config["pairs"]:
-      members = [labels.index(label) for label in pair if label in labels]
-      group[members] = members[:1] * len(members)
-    exact.append(said_um == wanted_u1)
-    pairs.append(group[said_um] == group[wanted_u1])
-  return {"judge_agreement": np.all(exact, 0).mean(1), "judge_pair_agreement": np.all(pairs, 0).mean(1)}
+  images_nhwc = np.concatenate(list(generated.batches(folder, manifest, source, names)))
+  images_umhwc = images_nhwc.reshape(len(names), -1, *images_nhwc.shape[1:])
+  found = judge.agreement(model, config, names, images_umhwc)
+  return {"judge_agreement": found["exact"].mean(1), "judge_pair_agreement": found["pair"].mean(1)}
 
 
 def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) -> dict:
