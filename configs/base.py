@@ -12,7 +12,7 @@ def pretrain() -> config_dict.ConfigDict:
       method="pretrain",
       seed=0,
       stages=("tokenizer", "vae", "clip", "judge", "sd", "export"),
-      corpus=dict(name="scenes", folder="", images=60_000, mixup=0.45, target_share=0.5),
+      corpus=dict(name="scenes", images=60_000, mixup=0.45, target_share=0.5),
       tokenizer=dict(length=16),
       vae=dict(
           model=dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=32,

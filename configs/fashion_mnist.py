@@ -9,7 +9,7 @@ from configs import base
 def get_config():
   config = base.dig_zsl()
   with config.unlocked():
-    config.data = dict(name="fashion_mnist", folder="/usr/share/datasets/fashion-mnist", source="files",
+    config.data = dict(name="fashion_mnist", folder="", source="files",
                        train_per_class=400, test_per_class=400, seed=0)
   config.models.update(clip="embedded:fashion_mnist/clip", sd="embedded:fashion_mnist/sd",
                        judge="embedded:fashion_mnist/judge")

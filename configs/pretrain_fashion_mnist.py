@@ -8,8 +8,8 @@ from configs import base
 
 def get_config():
   config = base.pretrain()
-  config.corpus.name = "fashion_mnist"
   with config.unlocked():
+    config.corpus = dict(name="fashion_mnist", folder="", source="files", images=60_000, mixup=0.45)
     config.judge.model.heads = dict(
         kind=("tee", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"))
   config.judge.model.pairs = (("pullover", "coat", "shirt"), ("tee", "dress"), ("sandal", "sneaker", "boot"))

@@ -1,14 +1,11 @@
-"""Files that survive a kill: atomic writes, fingerprints, and the folder of one stage.
-
-Everything is written under a temporary name in the same folder and then renamed, so a reader finds
-either the old file or the whole new one.
-"""
+"""What a run can go on from after a kill: atomic files, fingerprints, and the folder of one stage."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,20 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-
-def write_atomic(path: os.PathLike, write: Callable[[str], None]) -> None:
-  """Calls `write(temporary_name)` and renames the result to `path`; a failed write leaves nothing."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  name = str(path.parent / f".{path.name}.{os.getpid()}")
-  try:
-    write(name)
-    os.replace(name, path)
-  except OSError as error:
-    raise OSError(f"could not write {path}: {error.strerror or error}; finished files are untouched, "
-                  "free some space or choose another --workdir and start again") from error
-  finally:
-    pathlib.Path(name).unlink(missing_ok=True)
+from digzsl_jax.files import write_atomic
 
 
 def write_json(path: os.PathLike, value: Any) -> None:
@@ -38,7 +22,7 @@ def write_json(path: os.PathLike, value: Any) -> None:
 
 
 def write_text(path: os.PathLike, text: str) -> None:
-  write_atomic(path, lambda name: pathlib.Path(name).write_text(text))
+  write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: os.PathLike) -> Any:
@@ -51,7 +35,7 @@ def read_json(path: os.PathLike) -> Any:
 def write_arrays(path: os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
   """Writes named arrays as one safetensors file."""
   arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-  write_atomic(path, lambda name: safetensors.numpy.save_file(arrays, name, metadata={"format": "pt"}))
+  write_atomic(path, lambda temporary: safetensors.numpy.save_file(arrays, temporary, {"format": "pt"}))
 
 
 def read_arrays(path: os.PathLike) -> dict[str, np.ndarray]:
@@ -94,7 +78,8 @@ def fingerprint_folder(folder: os.PathLike) -> str:
   digest = hashlib.sha256()
   for path in sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file()):
     digest.update(str(path.relative_to(folder)).encode())
-    digest.update(path.read_bytes())
+    with path.open("rb") as file:
+      digest.update(hashlib.file_digest(file, "sha256").digest())
   return digest.hexdigest()[:16]
 
 
@@ -121,27 +106,44 @@ class Stage:
   def fingerprint(self) -> str:
     return fingerprint(self.inputs)
 
-  def finished(self) -> bool:
-    """Whether the result is there; the first call claims the folder.
+  @property
+  def done(self) -> bool:
+    """Whether the result is there."""
+    return (self.folder / "done.json").exists()
+
+  def claim(self) -> None:
+    """Takes the folder for these inputs; one that nothing was made in yet is free for any.
 
     Raises:
-      ValueError: the folder was made from other inputs; the message names the fields.
+      ValueError: what is in it was made from other inputs; the message names the fields.
     """
     record, inputs = self.folder / "inputs.json", json.loads(json.dumps(self.inputs, default=str))
-    if record.exists():
-      old, new = _flat(read_json(record)), _flat(inputs)
+    made = [path for path in self.folder.glob("[!.]*") if path.name not in ("inputs.json", "seconds.json")]
+    if made:
+      old, new = _flat(read_json(record) if record.exists() else {}), _flat(inputs)
       changed = [f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
                  for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
       if changed:
         raise ValueError(f"{self.folder} was made from other settings ({'; '.join(changed)}). Use another "
                          "--workdir, restore the setting, or delete that folder and the stages after it")
     else:
+      (self.folder / "seconds.json").unlink(missing_ok=True)
       write_json(record, inputs)
-    return (self.folder / "done.json").exists()
 
   def finish(self, results: Mapping[str, Any]) -> None:
     """Marks the stage as finished, with its summary (seconds, losses, counts)."""
     write_json(self.folder / "done.json", dict(results))
+
+  def make(self, function: Callable[[], Mapping[str, Any] | None]) -> None:
+    """Calls `function` and finishes with what it returns and the seconds of all attempts (unless killed by -9)."""
+    spent = self.folder / "seconds.json"
+    before, start = read_json(spent) if spent.exists() else 0, time.monotonic()
+    try:
+      results = function()
+    finally:
+      seconds = round(before + time.monotonic() - start, 1)
+      write_json(spent, seconds)
+    self.finish(dict(results or {}, seconds=seconds))
 
   def results(self) -> dict[str, Any]:
     return read_json(self.folder / "done.json")

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import tqdm
@@ -52,14 +52,18 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = "not installed"
   root = pathlib.Path(__file__).parent.parent
-  git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True,
-                       text=True, check=False)
-  return found | ({"git": git.stdout.strip()} if git.returncode == 0 else {})
+  try:
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True,
+                         text=True, check=True)
+  except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+    return found
+  return found | {"git": git.stdout.strip()}
 
 
-def devices() -> str:
-  kinds = sorted({device.device_kind for device in jax.devices()})
-  return f"{jax.device_count()} x {', '.join(kinds)}"
+def devices(used: Iterable[jax.Device]) -> str:
+  """As "8 x NVIDIA H200"."""
+  used = list(used)
+  return f"{len(used)} x {', '.join(sorted({device.device_kind for device in used}))}"
 
 
 def parameter_table(modules: Mapping[str, nnx.Module], depth: int = 2) -> str:

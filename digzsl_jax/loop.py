@@ -66,6 +66,11 @@ class Loop:
   def parts(self) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(self.model)
 
+  def __post_init__(self):
+    if (rows := jax.tree.leaves(self.data)[0].shape[0]) <= HELD_OUT:
+      raise ValueError(f"{self.name}: {rows} pictures are too few, {HELD_OUT} of them only measure; raise "
+                       "config.corpus.images")
+
   def start(self) -> TrainState:
     params = self.parts[1]
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), self.training.optimiser().init(params))

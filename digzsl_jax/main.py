@@ -3,7 +3,6 @@
 import os
 import pathlib
 import sys
-import time
 
 import jax
 from absl import app, flags
@@ -24,37 +23,61 @@ flags.mark_flag_as_required("config")
 
 
 def dig_zsl(config: dict, workdir: pathlib.Path, log: logs.Log, dry_run: bool) -> None:
-  """Runs the stages that `config["stages"]` names; one whose fingerprinted result is there is skipped."""
-  if unknown := set(config) - SHARED - set(STAGES):
-    raise ValueError(f"config has unknown sections {sorted(unknown)}; known are {sorted(SHARED | set(STAGES))}")
+  """Runs the stages that `config["stages"]` names; one whose fingerprinted result is there is skipped.
+
+  A stage's module has `NEEDS` (stages whose files it reads), `MODELS` (checkpoints), `Settings`, `run`, and
+  where there is something to say: `validate` (finds impossible settings before anything is made), `complete`
+  (whether its files are there), `lower` (its compiled steps).
+  """
+  if wrong := set(config) ^ (SHARED | set(STAGES)):
+    raise ValueError(f"config has unknown or lacks sections {sorted(wrong)}; known are {sorted(SHARED | set(STAGES))}")
   if unknown := set(config["stages"]) - set(STAGES):
     raise ValueError(f"config.stages: {sorted(unknown)} unknown; choose among {list(STAGES)}")
   settings = {name: parse(module.Settings, config[name], name) for name, module in STAGES.items()}
   ws = Workspace(config, workdir, log)
+  stages = {name: ws.stage(name, module.NEEDS, module.MODELS) for name, module in STAGES.items()}
+  asked = {name: module for name, module in STAGES.items() if name in config["stages"]}
+  for name, module in asked.items():
+    getattr(module, "validate", lambda *_: None)(settings[name], ws)
   if dry_run:
-    print(logs.parameter_table(ws.modules))
-    print("Costs are XLA's own count, in which the body of a loop counts once.")
-  for name, module in STAGES.items():
-    stage = ws.stage(name, module.NEEDS)
-    if dry_run:
-      print(f"stage {name}: {'run' if name in config['stages'] else 'not asked for'}")
-      for step, lowered in getattr(module, "lower", lambda *_: {})(settings[name], ws).items():
-        print(f"  {step}: {logs.memory_and_flops(lowered.compile())}")
-    elif name in config["stages"]:
-      run_stage(name, module, settings[name], ws, stage)
-
-
-def run_stage(name: str, module, settings, ws: Workspace, stage: checkpoint.Stage) -> None:
-  if stage.finished():
-    ws.log.say(f"{name}: already there")
+    print_costs(asked, settings, ws)
     return
-  start = time.monotonic()
-  results = module.run(settings, ws, stage.folder)
-  stage.finish(dict(results or {}, seconds=round(time.monotonic() - start, 1)))
-  ws.log.say(f"{name}: {time.monotonic() - start:.1f} s")
+  for name in asked:
+    stages[name].claim()
+  checkpoint.write_json(workdir / "config.json", config)
+  checkpoint.write_json(workdir / "versions.json", logs.versions())
+  for name, module in asked.items():
+    if stages[name].done and getattr(module, "complete", lambda *_: True)(ws, stages[name].folder):
+      log.say(f"{name}: already there")
+      continue
+    stages[name].make(lambda module=module, name=name: module.run(settings[name], ws, stages[name].folder))
+    log.say(f"{name}: {stages[name].results()['seconds']} s")
 
 
-def main(_) -> None:
+def print_costs(asked: dict, settings: dict, ws: Workspace) -> None:
+  """Parameters, and what each compiled step takes."""
+  print(logs.parameter_table(ws.modules))
+  print("Costs are XLA's own count, in which the body of a loop counts once.")
+  for name, module in asked.items():
+    print(f"stage {name}")
+    for step, lowered in getattr(module, "lower", lambda *_: {})(settings[name], ws).items():
+      print(f"  {step}: {logs.memory_and_flops(lowered.compile())}")
+
+
+METHODS = {"dig_zsl": dig_zsl, "pretrain": pretrain.run}
+
+
+def read_flags(arguments: list[str]) -> list[str]:
+  """Parses the command line; a wrong setting or config file is answered by one line."""
+  try:
+    return app.parse_flags_with_usage(arguments)
+  except (AttributeError, KeyError, OSError) as error:
+    sys.exit("error: " + " ".join(str(error.args[0] if error.args else error).split()))
+
+
+def main(arguments: list[str]) -> None:
+  if arguments[1:]:
+    sys.exit(f"error: {arguments[1:]} not understood; settings are written --config.section.field=value")
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}").expanduser()
   config = CONFIG.value.to_dict()
@@ -63,15 +86,14 @@ def main(_) -> None:
   if not jax.config.jax_compilation_cache_dir:  # a second run starts warm
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/digzsl_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  log = logs.Log(workdir)
-  log.say(f"{name} in {workdir} on {logs.devices()}")
   try:
+    log = logs.Log(workdir)
+    log.say(f"{name} in {workdir} on {logs.devices(jax.devices())}")
     if DRY_RUN.value:
       print(CONFIG.value)
-    else:
-      checkpoint.write_json(workdir / "config.json", config)
-      checkpoint.write_json(workdir / "versions.json", logs.versions())
-    {"dig_zsl": dig_zsl, "pretrain": pretrain.run}[config["method"]](config, workdir, log, DRY_RUN.value)
+    if config["method"] not in METHODS:
+      raise ValueError(f"config.method is {config['method']!r}; it must be one of {list(METHODS)}")
+    METHODS[config["method"]](config, workdir, log, DRY_RUN.value)
   except (ValueError, OSError) as error:
     if os.environ.get("DIGZSL_TRACEBACK"):
       raise
@@ -79,4 +101,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=read_flags)

@@ -7,7 +7,6 @@ classes; U, S and their harmonic mean H when all classes compete. Calibrated sta
 Shapes: n image, k class, l value of lambda. Labels and predictions are positions in the k columns.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -103,18 +102,6 @@ def choose_lambda(curve: Curve) -> float:
 def gap_closed(learnt: float, plain: float, real: float) -> float | None:
   """`(learnt - plain) / (real - plain)`: how much of the way to real images; None without such a way."""
   return (learnt - plain) / (real - plain) if real > plain else None
-
-
-def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-  """Mean and sample standard deviation (n - 1) over seeds; the latter is None for a single value.
-
-  Raises:
-    ValueError: there are no values.
-  """
-  if not values:
-    raise ValueError("mean of no values is not defined")
-  mean = math.fsum(values) / len(values)
-  return mean, float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _class_means(right_ln: np.ndarray, labels_n: np.ndarray, classes: Collection[int],

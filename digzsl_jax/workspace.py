@@ -75,7 +75,7 @@ class ModelSettings:
   prototype_template: str
 
   def __post_init__(self):
-    prompts.check_template(self.prototype_template)
+    prompts.check_template(self.prototype_template, field="prototype_template")
 
 
 @dataclasses.dataclass
@@ -92,17 +92,19 @@ class Workspace:
   log: Log
   stages: dict[str, checkpoint.Stage] = dataclasses.field(default_factory=dict)
 
-  def stage(self, name: str, needs: tuple[str, ...]) -> checkpoint.Stage:
-    """The folder of stage `name`, fingerprinted by its section, seed, data, models and needed stages."""
-    inputs = {"seed": self.seed, "data": self.config["data"], "models": self.model_fingerprints,
-              name: self.config[name], "stages": {need: self.stages[need].fingerprint for need in needs}}
+  def stage(self, name: str, needs: tuple[str, ...], models: tuple[str, ...]) -> checkpoint.Stage:
+    """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""
+    inputs = {"seed": self.seed, "data": {**self.config["data"], "sha256": self.data_fingerprint},
+              "models": {model: self.model_fingerprints[model] for model in models}, name: self.config[name],
+              "stages": {need: self.stages[need].fingerprint for need in needs}}
     self.stages[name] = checkpoint.Stage(self.workdir / name, inputs)
     return self.stages[name]
 
   def folder(self, name: str) -> pathlib.Path:
     """The folder of a finished stage."""
-    if not self.stages[name].finished():
+    if not self.stages[name].done:
       raise ValueError(f"stage {name} has not finished in {self.workdir}; add it to --config.stages")
+    self.stages[name].claim()  # raises if it was made from other settings
     return self.stages[name].folder
 
   @property
@@ -114,10 +116,18 @@ class Workspace:
     return parse(ModelSettings, self.config["models"], "models")
 
   @functools.cached_property
-  def model_fingerprints(self) -> dict[str, str]:
+  def model_fingerprints(self) -> dict[str, Any]:
+    """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP."""
     paths = {name: getattr(self.models, name) for name in ("clip", "sd", "judge")}
-    return {"prototype_template": self.models.prototype_template,
-            **{name: checkpoint.fingerprint_folder(resolve(path, name)) for name, path in paths.items() if path}}
+    encoder = self.config["cdm"]["encoder"]
+    paths["encoder"] = "" if encoder == cdm.CLIP else encoder
+    found = {name: checkpoint.fingerprint_folder(resolve(path, name)) if path else None
+             for name, path in paths.items()}
+    return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template}}
+
+  @functools.cached_property
+  def data_fingerprint(self) -> str:
+    return splits.fingerprint(self.dataset)[:16]
 
   @functools.cached_property
   def mesh(self) -> jax.sharding.Mesh:
@@ -125,7 +135,9 @@ class Workspace:
 
   @functools.cached_property
   def dataset(self) -> splits.Dataset:
-    return splits.load(self.config["data"])
+    dataset = splits.load(self.config["data"])
+    self.log.say(splits.summary(dataset))
+    return dataset
 
   @functools.cached_property
   def tasks(self) -> dict[str, splits.Task]:
@@ -141,8 +153,13 @@ class Workspace:
     return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "clip"))
 
   @functools.cached_property
-  def sd(self) -> tuple[stable_diffusion.StableDiffusion, diffusion.Schedule]:
+  def sd(self) -> stable_diffusion.StableDiffusion:
     return stable_diffusion.load(resolve(self.models.sd, "sd"), remat=self.config["tokens"]["remat"])
+
+  @functools.cached_property
+  def schedule(self) -> diffusion.Schedule:
+    """The noise schedule of `sd`, without its weights."""
+    return stable_diffusion.load_schedule(resolve(self.models.sd, "sd"))
 
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
@@ -151,7 +168,7 @@ class Workspace:
   @property
   def modules(self) -> dict[str, nnx.Module]:
     """Every frozen model and the CDM's head, for the parameter table."""
-    sd = self.sd[0]
+    sd = self.sd
     found = {"clip": self.clip, "cdm": self.new_cdm_head(), "sd.text_encoder": sd.text_encoder, "sd.unet": sd.unet,
              "sd.vae": sd.vae}
     return found | ({"judge": self.judge[0]} if self.judge else {})
@@ -160,7 +177,7 @@ class Workspace:
   def initial_token(self) -> np.ndarray:
     """`[d]`: the embedding of the word that every class token starts from."""
     [word] = self.sd_tokenizer.ids(self.config["tokens"]["initial"])
-    return np.asarray(self.sd[0].text_encoder.embed(jnp.array([[word]]))[0, 0])
+    return np.asarray(self.sd.text_encoder.embed(jnp.array([[word]]))[0, 0])
 
   @functools.cached_property
   def judge(self) -> tuple[judge.Judge, dict] | None:

@@ -29,8 +29,11 @@ COLUMNS = {  # title: path in results.json
     "judge agr.": "generated.judge_agreement",
     "plain SD judge agr.": "generated.plain_sd_judge_agreement",
     "CDM prototype T1": "baselines.cdm_prototype.czsl.T1",
-    "real images T1": "baselines.real_images.czsl.T1",
+    "CDM prototype H": "baselines.cdm_prototype.gzsl.H",
     "CLIP zero-shot T1": "baselines.clip_zero_shot.czsl.T1",
+    "CLIP zero-shot H": "baselines.clip_zero_shot.gzsl.H",
+    "real images T1": "baselines.real_images.czsl.T1",
+    "real images H": "baselines.real_images.gzsl.H",
 }
 
 
@@ -98,12 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="a file of configs/")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...", dest="settings")
-  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/sweep"), help="of workdirs")
+  parser.add_argument("--out", type=pathlib.Path, help="of workdirs; default runs/sweep_<config name>")
   parser.add_argument("--run", action="store_true", help="run the command lines, then print the table")
   parser.add_argument("--table", action="store_true", help="print the table of what has finished")
   options = parser.parse_args(arguments)
   try:
-    runs = [(chosen, workdir(options.out, chosen)) for chosen in combinations(options.settings)]
+    out = options.out or pathlib.Path("runs") / f"sweep_{pathlib.Path(options.config).stem}"
+    runs = [(chosen, workdir(out, chosen)) for chosen in combinations(options.settings)]
   except ValueError as error:
     parser.error(str(error))
   failed = []
@@ -111,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line = command(options.config, folder, chosen)
     print(shlex.join(line), flush=True)
     if options.run and subprocess.run(line, check=False).returncode:
-      failed.append(str(folder))  # the other combinations are still wanted
+      failed.append(folder)  # the other combinations are still wanted
   if options.run or options.table:
-    print(table(runs))
+    print(table([run for run in runs if run[1] not in failed]))  # its results, if any, are of another attempt
   if failed:
-    print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    print(f"failed: {', '.join(map(str, failed))}", file=sys.stderr)
   return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Picture files, number ranges and grids."""
+"""Picture files."""
 
 import numpy as np
 import pytest
@@ -55,27 +55,3 @@ def test_missing_file_and_bad_array(tmp_path):
     images.read_png(tmp_path / "gone.png")
   with pytest.raises(ValueError, match=r"uint8 \[h, w, 3\], not float64"):
     images.write_png(tmp_path / "a.png", _picture() / 255)
-
-
-def test_float_round_trip():
-  every = np.arange(256, dtype=np.uint8)
-  floats = images.to_float(every)
-  assert floats.dtype == np.float32 and floats[0] == -1 and floats[-1] == 1
-  np.testing.assert_array_equal(images.to_uint8(floats), every)
-  np.testing.assert_array_equal(images.to_uint8(np.array([-3.0, 3.0])), [0, 255])
-  with pytest.raises(ValueError, match="float32"):
-    images.to_float(floats)
-
-
-def test_grid_and_upscale():
-  pictures = np.stack([_picture(seed) for seed in range(5)])
-  sheet = images.grid(pictures, columns=3, pad=2)
-  assert sheet.shape == (2 * 11 + 2, 3 * 9 + 2, 3)
-  for i, picture in enumerate(pictures):
-    row, column = divmod(i, 3)
-    top, left = 2 + row * 11, 2 + column * 9
-    np.testing.assert_array_equal(sheet[top:top + 9, left:left + 7], picture)
-  assert (sheet[13:, 20:] == 255).all() and (sheet[:2] == 255).all()
-  large = images.upscale(pictures, 3)
-  assert large.shape == (5, 27, 21, 3)
-  np.testing.assert_array_equal(large[:, 1::3, 2::3], pictures)

@@ -81,10 +81,3 @@ def test_gap_closed():
   assert metrics.gap_closed(40, 50, 90) == -0.25
   assert metrics.gap_closed(60, 50, 50) is None
   assert metrics.gap_closed(60, 50, 45) is None
-
-
-def test_mean_std():
-  assert metrics.mean_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
-  assert metrics.mean_std([4.0]) == (4.0, None)
-  with pytest.raises(ValueError, match="no values"):
-    metrics.mean_std([])

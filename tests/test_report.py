@@ -38,7 +38,7 @@ def fake_results(rng) -> dict:
 
   agreement = {"cdm_agreement": 57.0, "plain_sd_cdm_agreement": 26.0,
                "judge_agreement": 44.0, "plain_sd_judge_agreement": 27.0,
-               "judge_pair_agreement": 91.0, "plain_sd_judge_pair_agreement": 93.0}
+               "judge_pair_agreement": 94.0, "plain_sd_judge_pair_agreement": 93.0}
   per_class = {name: {key: float(np.clip(value + 15 * rng.standard_normal(), 0, 100))
                       for key, value in agreement.items()} for name in TEST}
   residual, plain = entry(82.4, 70.0, 80.0, 0.3), entry(33.1, 30.2, 70.1, 0.35)
@@ -92,7 +92,7 @@ def fake_run(workdir, rng):
     (folder / source).mkdir(parents=True)
     for k, name in enumerate(TEST):
       clean = dataset.test_unseen.images_nhwc[k * 10:(k + 1) * 10]
-      noisy = images.to_uint8(images.to_float(clean) + blur * rng.standard_normal(clean.shape))
+      noisy = np.clip(clean + 127.5 * blur * rng.standard_normal(clean.shape), 0, 255).astype(np.uint8)
       files[source][name] = [f"{source}/{k}_{i}.png" for i in range(10)]
       for path, picture in zip(files[source][name], noisy):
         images.write_png(folder / path, picture)
@@ -209,10 +209,11 @@ def test_verdict_is_honest_both_ways(finished, text, tmp_path):
   def worse(results):
     results["czsl"]["T1"] = 20.0
     results["gap_closed"] = -0.2
-    results["generated"]["judge_agreement"] = 20.0
+    results["generated"]["judge_pair_agreement"] = 80.0
   spoiled = write_report(with_results(finished, tmp_path, worse))
   assert "Learnt class tokens lower T1" in spoiled and "of the way" not in spoiled
-  assert "may be fooling the CDM" in spoiled
+  assert "may be fooling the CDM" in spoiled and "falls: Judge (pair) by 13.0" in spoiled
+  assert "Without generating any image, CDM prototypes reach 82.4 % and those of CLIP reach 60.2 %" in spoiled
 
 
 def test_published_rows(finished, tmp_path):

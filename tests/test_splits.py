@@ -45,7 +45,7 @@ def test_bad_data_sets_are_refused(changes, message):
 def test_real_unseen_images_may_be_missing():
   data = _dataset(real_unseen=None)
   assert splits.tasks(data)["test"].real_unseen is None
-  assert "real_unseen: none" in splits.summary(data)
+  assert splits.summary(data).endswith("real_unseen 0")
 
 
 def test_validation_task_divides_the_training_images():
@@ -93,7 +93,7 @@ def test_fingerprint_changes_with_everything():
 
 def test_summary_counts():
   text = splits.summary(_dataset())
-  for piece in ("4 seen classes (2 of them for validation)", "2 unseen", "train: 36", "emu, fox", "bee, cat"):
+  for piece in ("4 seen classes (2 of them for validation)", "2 unseen", "train 36"):
     assert piece in text
 
 

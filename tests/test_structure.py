@@ -15,19 +15,19 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "data", "losses", "metrics"}
-TOOLS = {"mesh", "checkpoint", "logs", "report_page"}
+TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files"}
 MAY_IMPORT = {
     "__init__": set(),
     "main": {"runs", "workspace", *TOOLS},
     "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},
     "workspace": {*LIBRARY, *TOOLS},
-    "models": {"models", "diffusion", "losses"},
+    "models": {"models", "diffusion", "losses", "files"},
     "diffusion": set(),
     "losses": set(),
     "metrics": set(),
-    "data": {"data"},
-    **{tool: set() for tool in TOOLS},
+    "data": {"data", "files"},
+    **{tool: {"files"} - {tool} for tool in TOOLS},
 }
 NO_FILES = {"models", "diffusion", "losses", "metrics"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}

@@ -25,7 +25,7 @@ def test_the_quickstarts_world_ships():
 @each_world
 def test_models_load_and_fit_together(world):
   found = {name: resolve(f"embedded:{world}/{name}", name) for name in MODELS}
-  sd, schedule = stable_diffusion.load(found["sd"])
+  sd, schedule = stable_diffusion.load(found["sd"]), stable_diffusion.load_schedule(found["sd"])
   encoder = hub.load(clip.CLIPModel, found["clip"])
   words = [tokenizer.Tokenizer.from_folder(folder) for folder in (found["clip"], found["sd"] / "tokenizer")]
   for text_model, tokens in zip((encoder.text_model, sd.text_encoder), words):

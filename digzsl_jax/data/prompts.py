@@ -32,12 +32,13 @@ def class_name(raw: str) -> str:
   return name
 
 
-def check_template(template: str, *, token: bool = False) -> None:
+def check_template(template: str, *, token: bool = False, field: str = "prompt template") -> None:
   """Checks that a template has exactly the fields it needs, each once.
 
   Args:
     template: text with {name} and, if `token`, {token}.
     token: whether it is a template for class tokens.
+    field: what the message calls it.
 
   Raises:
     ValueError: a field is missing, unknown or repeated, or braces do not match.
@@ -46,10 +47,10 @@ def check_template(template: str, *, token: bool = False) -> None:
   try:
     found = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
   except ValueError as error:
-    raise ValueError(f'prompt template "{template}": {error}; braces enclose only {{name}} or '
+    raise ValueError(f'{field} "{template}": {error}; braces enclose only {{name}} or '
                      "{token}") from error
   if sorted(found) != needed:
     wanted = " and ".join(f"{{{field}}}" for field in needed)
     has = ", ".join(f"{{{field}}}" for field in found) or "no field"
-    raise ValueError(f'prompt template "{template}" must contain {wanted} once each and nothing else in '
+    raise ValueError(f'{field} "{template}" must contain {wanted} once each and nothing else in '
                      f"braces; it has {has}")

@@ -139,18 +139,12 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def summary(dataset: Dataset) -> str:
-  """A few lines of counts, for logs."""
-  def images(field: str) -> str:
-    chosen = getattr(dataset, field)
-    return f"  {field}: none" if chosen is None else f"  {field}: {len(chosen.labels_n)} images"
-
+  """One line of counts, for logs."""
+  chosen = {field: getattr(dataset, field) for field in ("train", "test_seen", "test_unseen", "real_unseen")}
+  counts = ", ".join(f"{field} {0 if found is None else len(found.labels_n)}" for field, found in chosen.items())
   height, width = dataset.train.images_nhwc.shape[1:3]
-  return "\n".join([
-    f"{dataset.name}: {len(dataset.seen)} seen classes ({len(dataset.validation)} of them for validation), "
-    f"{len(dataset.unseen)} unseen, {height}x{width} pixels",
-    *map(images, ("train", "test_seen", "test_unseen", "real_unseen")),
-    f"  unseen: {_spell(dataset.names, dataset.unseen)}",
-    f"  validation: {_spell(dataset.names, dataset.validation)}"])
+  return (f"{dataset.name}: {len(dataset.seen)} seen classes ({len(dataset.validation)} of them for validation), "
+          f"{len(dataset.unseen)} unseen; images of {height}x{width} pixels: {counts}")
 
 
 def load(settings: Mapping) -> Dataset:
@@ -169,6 +163,9 @@ def load(settings: Mapping) -> Dataset:
   unknown = [key for key in arguments if key not in known]
   if unknown:
     raise ValueError(f'data set {name} has no setting "{unknown[0]}"; it has {", ".join(known)}')
+  for field, least in (("train_per_class", 1), ("test_per_class", 1), ("seed", 0)):
+    if arguments.get(field, least) < least:
+      raise ValueError(f"config.data.{field} is {arguments[field]}; it must be at least {least}")
   return loaders[name](**arguments)
 
 

@@ -19,6 +19,8 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from digzsl_jax.files import write_atomic
+
 _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _FLAX_LAYERS = (nnx.Linear, nnx.Conv, nnx.Embed, nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm)
@@ -188,16 +190,6 @@ def load(model_type: type, folder: os.PathLike, *, dtype=jnp.float32, param_dtyp
   return fill(model, read_tensors(folder), source=folder, param_dtype=param_dtype)
 
 
-def _replace(path: pathlib.Path, write) -> None:
-  """`write(temporary path)`, then a rename: a reader sees the old file or the new one, whole."""
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    write(temporary)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def save(model: nnx.Module, folder: os.PathLike, config: Mapping, *, dtype=np.float16,
          file_name: str = "model.safetensors") -> None:
   """Writes `config.json` and weights that transformers, diffusers and `load` open.
@@ -210,13 +202,12 @@ def save(model: nnx.Module, folder: os.PathLike, config: Mapping, *, dtype=np.fl
     file_name: diffusers wants `diffusion_pytorch_model.safetensors`.
   """
   folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
   reference_name = getattr(model, "reference_name", lambda name: name)
   tensors = {}
   for name, (_, variable, is_kernel) in _variables(model).items():
     value = np.asarray(variable[...])
     # safetensors writes the memory as it lies, whatever the strides say.
     tensors[reference_name(name)] = np.array(_to_torch(value) if is_kernel else value, dtype, order="C")
-  _replace(folder / file_name, lambda path: safetensors.numpy.save_file(tensors, path, {"format": "pt"}))
+  write_atomic(folder / file_name, lambda path: safetensors.numpy.save_file(tensors, path, {"format": "pt"}))
   text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-  _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+  write_atomic(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))

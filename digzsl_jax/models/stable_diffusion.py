@@ -50,11 +50,14 @@ class StableDiffusion(nnx.Module):
     return jnp.clip(self.vae.decode(latents_bhwz / self.vae.scaling_factor), -1, 1)
 
 
-def load(folder: os.PathLike, *, dtype=jnp.float32,
-         remat: bool = False) -> tuple[StableDiffusion, diffusion.Schedule]:
-  """Reads `text_encoder`, `unet`, `vae` and `scheduler` of a diffusers folder; `remat` saves memory in gradients."""
+def load(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = False) -> StableDiffusion:
+  """Reads `text_encoder`, `unet` and `vae` of a diffusers folder; `remat` saves memory in gradients."""
   folder = pathlib.Path(folder)
-  model = StableDiffusion(hub.load(clip.CLIPTextModel, folder / "text_encoder", dtype=dtype),
-                          hub.load(unet.UNet2DConditionModel, folder / "unet", dtype=dtype, remat=remat),
-                          hub.load(vae.AutoencoderKL, folder / "vae", dtype=dtype, remat=remat))
-  return model, diffusion.Schedule.from_config(hub.read_json(folder / "scheduler" / "scheduler_config.json"))
+  return StableDiffusion(hub.load(clip.CLIPTextModel, folder / "text_encoder", dtype=dtype),
+                         hub.load(unet.UNet2DConditionModel, folder / "unet", dtype=dtype, remat=remat),
+                         hub.load(vae.AutoencoderKL, folder / "vae", dtype=dtype, remat=remat))
+
+
+def load_schedule(folder: os.PathLike) -> diffusion.Schedule:
+  """Reads `scheduler` of a diffusers folder."""
+  return diffusion.Schedule.from_config(hub.read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json"))

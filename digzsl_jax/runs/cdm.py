@@ -24,6 +24,7 @@ from digzsl_jax.models import cdm
 from digzsl_jax.workspace import Workspace, check
 
 NEEDS = ()
+MODELS = ("clip", "encoder")
 FIELDS = ("train", "test_seen", "test_unseen", "real_unseen")
 
 

@@ -33,6 +33,7 @@ from digzsl_jax.models import cdm, stable_diffusion
 from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("cdm",)
+MODELS = ("clip", "encoder", "sd")
 NOISE_STREAM = 1  # keeps the noise of learning apart from the noise of generation
 REASONS = ("running", "accuracy", "patience", "cap", "nan")
 
@@ -61,8 +62,9 @@ class Settings:
     stop_accuracy: gamma; a class whose images are recognised at a higher rate stops. 1 never stops.
     patience: a class stops when this many updates and one more brought no lower loss.
     max_updates: cap.
-    slots: classes learnt at once; a multiple of `slots_per_body` times the mesh's devices.
-    slots_per_body: slots that one compiled body works on. Fixed rows make tokens equal on every mesh.
+    slots: classes learnt at once.
+    slots_per_body: slots that one compiled body works on, one body after another on each device. Fixed rows
+      make tokens equal on every mesh.
     check_every: updates between looks at the losses, refills and saved states.
     remat: recompute the denoiser's and decoder's activations on the way back, to save memory.
   """
@@ -91,14 +93,12 @@ class Settings:
   remat: bool
 
   def __post_init__(self):
-    prompts.check_template(self.template, token=True)
+    prompts.check_template(self.template, token=True, field="template")
     check(self.gradient in ("last", "x0"), "gradient", self.gradient, "'last' or 'x0'")
     for name in ("steps", "images", "max_updates", "slots", "slots_per_body", "check_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     for name in ("learning_rate", "clip_norm", "temperature"):
       check(getattr(self, name) > 0, name, getattr(self, name), "positive")
-    check(self.slots % self.slots_per_body == 0, "slots", self.slots,
-          f"a multiple of slots_per_body, {self.slots_per_body}")
     check(self.grad_calls in (0, 1) or self.gradient == "last", "grad_calls", self.grad_calls,
           "0 or 1 for the gradient path 'x0', which differentiates one call")
     check(self.grad_calls >= 0, "grad_calls", self.grad_calls, "0 (as the reference) or more")
@@ -288,16 +288,22 @@ def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, g
   return jax.tree.map(lambda a, b: jnp.where(keep_s.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, slots)
 
 
+def task_prompts(settings: Settings, ws: Workspace, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
+  """Prompt ids `[k, l]` of the task's unseen classes, and the position of S* in each."""
+  names = [prompts.class_name(ws.dataset.names[label]) for label in task.unseen]
+  encoded = [ws.sd_tokenizer.encode_with_slot(settings.template, name, initial=settings.initial) for name in names]
+  ids_kl, slot_k = map(np.array, zip(*encoded))
+  return ids_kl, slot_k
+
+
 def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classes:
   """Prompts and prototypes of the task's unseen classes, filled up so that all tasks share one compilation."""
   rows = max(len(other.unseen) for other in ws.tasks.values())
-  labels = [*task.unseen, *[task.unseen[0]] * (rows - len(task.unseen))]
-  encoded = [ws.sd_tokenizer.encode_with_slot(settings.template, prompts.class_name(ws.dataset.names[label]),
-                                              initial=settings.initial) for label in labels]
-  ids_kl, slot_k = map(np.array, zip(*encoded))
+  filled_k = np.resize(np.arange(len(task.unseen)), rows)
+  labels_k, (ids_kl, slot_k) = np.array(task.unseen)[filled_k], task_prompts(settings, ws, task)
   allowed_k = np.arange(rows) < len(task.unseen)
-  return jax.tree.map(jnp.asarray, Classes(np.array(labels), allowed_k, ids_kl, slot_k, ws.prototypes_kd[labels],
-                                           ws.sd_tokenizer([""])[0]))
+  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, ids_kl[filled_k], slot_k[filled_k],
+                                           ws.prototypes_kd[labels_k], ws.sd_tokenizer([""])[0]))
 
 
 def empty_outcome(settings: Settings, classes: int, width: int) -> Outcome:
@@ -337,9 +343,11 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
   if saved is not None:
     slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
+  idle = fresh_slots(settings, np.full(-settings.slots % learner.width, -1), token_d)  # fill the last bodies
+  join = lambda *leaves: np.concatenate(leaves)
   while not outcome.done_k.all():
-    slots, history = jax.device_put(slots, mesh.by_class(ws.mesh)), []
     class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
+    slots, history = jax.device_put(jax.tree.map(join, slots, idle), mesh.by_class(ws.mesh)), []
     for _ in range(settings.check_every):
       slots, made = learner.learn(frozen, slots, learner.prefix(frozen, slots))
       history.append(made)
@@ -347,10 +355,14 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
       for slot in np.flatnonzero(made.made_c):
         outcome.loss_ku[class_c[slot], step_c[slot] + ahead] = made.loss_c[slot]
         outcome.accuracy_ku[class_c[slot], step_c[slot] + ahead] = made.accuracy_c[slot]
-    slots, next_class = collect(outcome, jax.device_get(slots), next_class, settings, token_d, ws.log, names)
+    slots = jax.tree.map(lambda leaf: leaf[:settings.slots], jax.device_get(slots))
+    slots, next_class = collect(outcome, slots, next_class, settings, token_d, ws.log, names)
     checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
-    bar.set_postfix(loss=f"{np.mean(made.loss_c):.3f}", accuracy=f"{np.mean(made.accuracy_c):.2f}", refresh=False)
+    alive = made.made_c
+    if alive.any():
+      bar.set_postfix(loss=f"{made.loss_c[alive].mean():.3f}", accuracy=f"{made.accuracy_c[alive].mean():.2f}",
+                      refresh=False)
   bar.close()
   return outcome
 
@@ -375,15 +387,13 @@ class Learner:
 
   def __init__(self, settings: Settings, ws: Workspace, discriminator: Callable[[str], cdm.CDM]):
     """`discriminator` gives the CDM of a task's name."""
-    width = ws.mesh.size * settings.slots_per_body
-    check(settings.slots % width == 0, "tokens.slots", settings.slots, f"a multiple of {width}: slots_per_body "
-          "times the devices of the mesh")
     self.settings, self.ws, self.discriminator = settings, ws, discriminator
-    path = gradient_path(settings, ws.sd[1])
+    self.width = ws.mesh.size * settings.slots_per_body  # the steps take multiples of it
+    path = gradient_path(settings, ws.schedule)
     self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
 
   def _graphdef_and_params(self, task: str) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(Guide(self.ws.sd[0], self.discriminator(task)))
+    return nnx.split(Guide(self.ws.sd, self.discriminator(task)))
 
   def frozen(self, task: splits.Task) -> Frozen:
     """A task's classes, and the frozen models with its own CDM."""
@@ -394,10 +404,18 @@ class Learner:
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The steps for `--dry_run`: lowered for the test task, not run."""
   learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
-  slots = fresh_slots(settings, np.zeros(settings.slots), ws.initial_token)
+  slots = fresh_slots(settings, np.zeros(settings.slots + -settings.slots % learner.width), ws.initial_token)
   slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
   carry = jax.eval_shape(learner.prefix, frozen, slots)
   return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
+
+
+def validate(settings: Settings, ws: Workspace) -> None:
+  """Raises ValueError for what would fail only after the stages before this one."""
+  gradient_path(settings, ws.schedule)
+  _ = ws.mesh  # one of more devices than there are fails here
+  for task in ws.tasks.values():
+    task_prompts(settings, ws, task)
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

@@ -29,6 +29,7 @@ from digzsl_jax.models.classifier import Classifier
 from digzsl_jax.workspace import Workspace, check
 
 NEEDS = ("cdm", "generate")
+MODELS = ("clip", "encoder")
 FEATURES = ("pooled", "embedding", "all")
 
 
@@ -153,9 +154,6 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
     width: of the pooled part of a feature row.
   """
   unseen = {source: rows_umf[:, :settings.images] for source, rows_umf in made.items()}
-  if (fewest := min(rows_umf.shape[1] for rows_umf in unseen.values())) < settings.images:
-    raise ValueError(f"config.classifier.images is {settings.images}, but {fewest} images of each class were "
-                     "generated; lower it or raise config.generate.images")
   if task.real_unseen is not None:
     unseen["real"] = real_images(features["real_unseen"], task.real_unseen.labels_n, task.unseen,
                                  settings.images)
@@ -183,6 +181,13 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   made_srf = jax.ShapeDtypeStruct((sources, len(task.unseen) * settings.images, seen_nf.shape[1]), np.float32)
   train = compile_training(graphdef, seen_positions(task), len(task.unseen), settings.images, settings)
   return {"all steps": train.lower(params, rest, seen_nf, made_srf)}
+
+
+def validate(settings: Settings, ws: Workspace) -> None:
+  """Raises ValueError if the classifier wants more images than stage generate makes."""
+  if settings.images > (made := ws.config["generate"]["images"]):
+    raise ValueError(f"config.classifier.images is {settings.images}, but config.generate.images is {made}; lower "
+                     "the one or raise the other")
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

@@ -24,6 +24,7 @@ from digzsl_jax.models.classifier import Classifier
 from digzsl_jax.workspace import Workspace, check, resolve
 
 NEEDS = ("cdm", "generate", "classifier")
+MODELS = ("clip", "encoder", "judge")
 METHODS = {"learned": "dig_zsl", "plain": "plain_sd", "real": "real_images"}  # by source of unseen images
 CHOSEN, ORACLE = "validation classes", "test (oracle)"
 
@@ -64,7 +65,9 @@ class Scores(NamedTuple):
 
 
 def softmax(logits_nk: jax.Array) -> np.ndarray:
-  return np.asarray(jax.nn.softmax(logits_nk, axis=-1))
+  """In float64, where a class far below the best one is not yet 0 and ties with no other."""
+  powers_nk = np.exp((logits_nk := np.asarray(logits_nk, np.float64)) - logits_nk.max(-1, keepdims=True))
+  return powers_nk / powers_nk.sum(-1, keepdims=True)
 
 
 def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]) -> Scores:
@@ -178,6 +181,10 @@ def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) 
   return {key: percent(share_u.mean()) for key, share_u in found.items()} | {"per_class": per_class}
 
 
+def complete(ws: Workspace, folder: pathlib.Path) -> bool:
+  return (ws.workdir / "results.json").exists()
+
+
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Writes `results.json` in the work folder; returns its headline numbers."""
   real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
@@ -193,10 +200,10 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
     measured[name]["generated"] = agreement(ws, task, made)
   results = measured["test"] | {
       "dataset": ws.dataset.name, "classes": {"seen": len(ws.dataset.seen), "unseen": len(ws.dataset.unseen)},
-      "seed": ws.seed, "validation": measured["validation"], "devices": logs.devices(),
+      "seed": ws.seed, "validation": measured["validation"], "devices": logs.devices(ws.mesh.devices.flat),
       "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in ("learned", "plain")},
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items()
-                  if (stage.folder / "done.json").exists()}}
+                  if stage.done}}
   checkpoint.write_json(ws.workdir / "results.json", results)
   headline = {key: results["czsl"][key] for key in ("T1", "T1_per_image")}
   headline |= {key: results["gzsl"][key] for key in ("U", "S", "H", "lambda")}

@@ -24,6 +24,7 @@ from digzsl_jax.data import images, prompts, splits
 from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("tokens",)
+MODELS = ("sd",)
 NOISE_STREAM = 2  # keeps the noise of generation apart from the noise of learning
 SOURCES = ("learned", "plain")
 
@@ -69,10 +70,14 @@ class Job(NamedTuple):
   index: int
 
 
-def compile_sampler(settings: Settings, seed: int, schedule: diffusion.Schedule, graphdef: nnx.GraphDef,
+def plan(settings: Settings, ws: Workspace) -> diffusion.Sampler:
+  """The sampler that `settings` choose, or the checkpoint's own."""
+  return diffusion.make_sampler(ws.schedule, settings.steps, settings.sampler or ws.schedule.kind)
+
+
+def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, graphdef: nnx.GraphDef,
                     devices: jax.sharding.Mesh):
   """The compiled `(frozen, rows) -> images` with `frozen = (params, ids of the empty prompt)`."""
-  sampler = diffusion.make_sampler(schedule, settings.steps, settings.sampler or schedule.kind)
   root = jax.random.fold_in(jax.random.key(seed), NOISE_STREAM)
 
   def generate(frozen, rows):
@@ -145,10 +150,9 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
 
 def prepare(settings: Settings, ws: Workspace):
   """The compiled sampler and what it reads."""
-  sd, schedule = ws.sd
-  graphdef, params = nnx.split(sd)
+  graphdef, params = nnx.split(ws.sd)
   frozen = jax.device_put((params, jnp.asarray(ws.sd_tokenizer([""])[0])), mesh.replicated(ws.mesh))
-  return compile_sampler(settings, ws.seed, schedule, graphdef, ws.mesh), frozen
+  return compile_sampler(settings, ws.seed, plan(settings, ws), graphdef, ws.mesh), frozen
 
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
@@ -158,6 +162,19 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   whole = Rows(*(np.zeros((rows, *shape), np.int32) for shape in ((), (), (length,), ())),
                np.tile(ws.initial_token, (rows, 1)))
   return {"sample": generate.lower(frozen, jax.device_put(whole, mesh.by_class(ws.mesh)))}
+
+
+def validate(settings: Settings, ws: Workspace) -> None:
+  """Raises ValueError for a sampler that the checkpoint's schedule does not allow."""
+  plan(settings, ws)
+
+
+def complete(ws: Workspace, folder: pathlib.Path) -> bool:
+  """Whether every image that the manifests list is there; what is missing is made again."""
+  manifests = [folder / name / "manifest.json" for name in ws.tasks]
+  return all(path.exists() for path in manifests) and all(
+      (path.parent / file).exists() for path in manifests for of_class in checkpoint.read_json(path)["files"].values()
+      for files in of_class.values() for file in files)
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

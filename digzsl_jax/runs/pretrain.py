@@ -12,7 +12,6 @@ import functools
 import pathlib
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, loop, losses
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
-from digzsl_jax.logs import Log, memory_and_flops, parameter_table
+from digzsl_jax.logs import Log, memory_and_flops, parameter_table, versions
 from digzsl_jax.models import clip, hub, judge, stable_diffusion, unet, vae
 
 
@@ -39,13 +38,13 @@ class Corpus(NamedTuple):
 
 def load_corpus(settings: Mapping, seed: int) -> Corpus:
   """Pictures, captions and true names of a world, in an order that has no meaning."""
-  count, mixup = settings["images"], settings["mixup"]
   if settings["name"] == "scenes":
-    images, captions, attributes_na = scenes.web_corpus(count, seed, mixup=mixup,
+    images, captions, attributes_na = scenes.web_corpus(settings["images"], seed, mixup=settings["mixup"],
                                                         target_share=settings["target_share"])
     return Corpus(images, captions, [scenes.NAMES[k] for k in scenes.class_number(*attributes_na.T)], scenes.WORDS)
   if settings["name"] == "fashion_mnist":
-    images, captions, labels = fashion_mnist.web_corpus(settings["folder"], count, seed, mixup)
+    images, captions, labels = fashion_mnist.web_corpus(settings["folder"], settings["images"], seed,
+                                                        settings["mixup"], settings["source"])
     return Corpus(images, captions, [fashion_mnist.NAMES[k] for k in labels], fashion_mnist.WORDS)
   raise ValueError(f"corpus.name is {settings['name']!r}; known: 'scenes', 'fashion_mnist'")
 
@@ -237,10 +236,10 @@ MODEL_INDEX = {
 
 def plain_agreement(world: World, folder: pathlib.Path, guidance: float = 4.0, images: int = 4) -> dict[str, float]:
   """How often the judge of the world in `folder` sees what its Stable Diffusion paints for every class name."""
-  sd, schedule = stable_diffusion.load(folder / "sd")
+  sd = stable_diffusion.load(folder / "sd")
   names = sorted(set(world.corpus.labels))
   ids_kl = jnp.asarray(world.tokenizer([f"a photo of a {name}" for name in names]))
-  sampler = diffusion.make_sampler(schedule, 20, "dpm++")
+  sampler = diffusion.make_sampler(stable_diffusion.load_schedule(folder / "sd"), 20, "dpm++")
   graphdef, params = nnx.split(sd)
 
   @jax.jit
@@ -258,22 +257,29 @@ def plain_agreement(world: World, folder: pathlib.Path, guidance: float = 4.0, i
 
 def export(world: World, part: Mapping) -> dict:
   """Copies the checkpoints, without training state, to `part["folder"]`, replacing what was there."""
-  target = pathlib.Path(part["folder"]).expanduser() if part["folder"] else world.workdir / "export"
+  target = pathlib.Path(part["folder"]).expanduser() if part["folder"] else (
+      world.workdir / "export" / world.corpus_settings["name"])
+  card, made = target / "README.md", f"config=configs/pretrain_{world.corpus_settings['name']}.py"
+  if target.exists() and any(target.iterdir()) and not (card.exists() and made in card.read_text()):
+    raise ValueError(f"config.export.folder is {target}, which holds something else; choose an empty folder")
   scheduler = checkpoint.read_json(world.workdir / "sd" / "scheduler" / "scheduler_config.json")
   sources = {"clip": ["clip", "tokenizer"], "judge": ["judge"], "sd/tokenizer": ["tokenizer"], "sd/vae": ["vae"],
              **{f"sd/{name}": [f"sd/{name}"] for name in ("text_encoder", "unet", "scheduler")}}
+  fresh = target.with_name(f".{target.name}.new")
+  shutil.rmtree(fresh, ignore_errors=True)
   for name, folders in sources.items():
-    shutil.rmtree(target / name, ignore_errors=True)
     for folder in folders:
-      shutil.copytree(world.workdir / folder, target / name, dirs_exist_ok=True,
-                      ignore=shutil.ignore_patterns("state.safetensors", "inputs.json", "done.json"))
+      shutil.copytree(world.workdir / folder, fresh / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+          "state.safetensors", "inputs.json", "done.json", "seconds.json", ".*"))
   index = MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-  checkpoint.write_json(target / "sd" / "model_index.json", index)
-  size = sum(path.stat().st_size for path in target.rglob("*.safetensors"))
-  digest = checkpoint.fingerprint({name: checkpoint.fingerprint_folder(target / name)
+  checkpoint.write_json(fresh / "sd" / "model_index.json", index)
+  size = sum(path.stat().st_size for path in fresh.rglob("*.safetensors"))
+  digest = checkpoint.fingerprint({name: checkpoint.fingerprint_folder(fresh / name)
                                    for name in ("clip", "judge", "sd")})
-  agreement = plain_agreement(world, target)
-  checkpoint.write_text(target / "README.md", model_card(world, size, digest, agreement))
+  agreement = plain_agreement(world, fresh)
+  checkpoint.write_text(fresh / "README.md", model_card(world, size, digest, agreement))
+  shutil.rmtree(target, ignore_errors=True)  # only now that its successor is whole
+  fresh.rename(target)
   return {"bytes": size, "sha256": digest} | agreement
 
 
@@ -351,9 +357,15 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
     inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
               **{need: stages[need].fingerprint for need in NEEDS[name]}}
     stages[name] = stage = checkpoint.Stage(workdir / name, inputs)
-    if name not in config["stages"] or stage.finished():
+    if name not in config["stages"]:
       continue
-    start = time.monotonic()
-    results = function(world, config[name])
-    stage.finish(results | {"seconds": round(time.monotonic() - start, 1)})
+    for need in NEEDS[name]:
+      if not stages[need].done:
+        raise ValueError(f"stage {need} has not finished in {workdir}; add it to --config.stages")
+      stages[need].claim()  # raises if it was made from other settings
+    stage.claim()
+    checkpoint.write_json(workdir / "config.json", config)
+    checkpoint.write_json(workdir / "versions.json", versions())
+    if not stage.done:
+      stage.make(lambda function=function, name=name: function(world, config[name]))
     log.say(f"{name}: {stage.results()}")

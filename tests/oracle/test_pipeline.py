@@ -81,7 +81,7 @@ def worlds(tmp_path_factory):
     for part in ("text_encoder", "unet", "vae", "scheduler"):
       theirs[part].save_pretrained(folder / "sd" / part)
     theirs["clip"].save_pretrained(folder / "clip")
-    sd, schedule = stable_diffusion.load(folder / "sd")
+    sd, schedule = stable_diffusion.load(folder / "sd"), stable_diffusion.load_schedule(folder / "sd")
     head = cdm.Head.from_json(dict(kind="residual", width=WIDTH, hidden=HIDDEN, outputs=WIDTH), rngs=nnx.Rngs(0))
     hub.fill(head, {key: value.numpy() for key, value in theirs["head"].state_dict().items()}, source="reference")
     encoder = cdm.Encoder(hub.load(clip.CLIPModel, folder / "clip"), folder / "clip")

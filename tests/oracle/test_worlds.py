@@ -37,7 +37,8 @@ def opened(folder):
   """The reference's pipeline, our modules, schedule and tokenizer."""
   pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "sd", safety_checker=None, **FULL)
   pipe.set_progress_bar_config(disable=True)
-  return pipe, *stable_diffusion.load(folder / "sd"), tokenizer.Tokenizer.from_folder(folder / "sd" / "tokenizer")
+  sd, schedule = stable_diffusion.load(folder / "sd"), stable_diffusion.load_schedule(folder / "sd")
+  return pipe, sd, schedule, tokenizer.Tokenizer.from_folder(folder / "sd" / "tokenizer")
 
 
 @each_world
