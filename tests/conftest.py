@@ -42,6 +42,8 @@ def tiny_world(tiny_pretraining, tmp_path_factory):
   from digzsl_jax.runs import pretrain
   monkeypatch = pytest.MonkeyPatch()
   monkeypatch.setattr(loop.Loop, "run", lambda training, *arguments: (training.model, {}))
+  monkeypatch.setattr(pretrain, "plain_agreement",
+                      lambda *arguments: {"plain_exact_agreement": 0.0, "plain_pair_agreement": 0.0})
   config = tiny_pretraining.copy_and_resolve_references()
   folder = tmp_path_factory.mktemp("world")
   config.export.folder = str(folder / "models")
