@@ -69,4 +69,5 @@ def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Me
     specs = (jax.sharding.PartitionSpec(), *[jax.sharding.PartitionSpec(AXIS)] * len(rows))
     return jax.shard_map(per_device, mesh=devices, in_specs=specs, out_specs=specs[1], check_vma=False)(common, *rows)
 
+  sharded.__name__ = function.__name__  # what logs and profiles call it
   return jax.jit(sharded)

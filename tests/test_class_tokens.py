@@ -28,7 +28,7 @@ def learn(config, folder):
 
 
 @pytest.mark.slow
-def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch):
+def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch, caplog):
   learners, found = [], {}
 
   class Recorded(class_tokens.Learner):
@@ -40,8 +40,11 @@ def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch):
   monkeypatch.setattr(class_tokens, "Learner", Recorded)
   for devices in (1, 2, 4, 8):
     tiny_config.mesh.devices = devices
-    found[devices] = learn(tiny_config, tmp_path / str(devices))
-    assert learners[-1].prefix._cache_size() == learners[-1].learn._cache_size() == 1
+    caplog.clear()
+    with jax.log_compiles():
+      found[devices] = learn(tiny_config, tmp_path / str(devices))
+    for step in ("prefix", "learn"):
+      assert sum(f"Finished XLA compilation of jit({step})" in message for message in caplog.messages) == 1
   assert len(found[1]) == 24 and all(np.abs(vector).max() > 0 for vector in found[1].values())
   for devices in (2, 4, 8):
     for key, vector in found[1].items():
