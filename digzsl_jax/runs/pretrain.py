@@ -88,17 +88,13 @@ def judge_loss(model: judge.Judge, frozen: None, batch, key: jax.Array):
   return loss, {"loss": loss, "accuracy": right.mean()}
 
 
-class Denoising(nnx.Module):
-  """The parts of Stable Diffusion that learn together: text tower and denoiser."""
+def sd_loss(schedule: diffusion.Schedule, drop: float, text: nnx.GraphDef, model: unet.UNet2DConditionModel,
+            frozen: tuple[nnx.State, jax.Array], batch, key: jax.Array):
+  """Mean squared error of the predicted noise or velocity; captions dropped with probability `drop`.
 
-  def __init__(self, text: clip.CLIPTextModel, denoiser: unet.UNet2DConditionModel):
-    self.text_encoder = text
-    self.unet = denoiser
-
-
-def sd_loss(schedule: diffusion.Schedule, drop: float, model: Denoising, null_l: jax.Array, batch, key: jax.Array):
-  """Mean squared error of the predicted noise or velocity; captions dropped with probability `drop`."""
-  latents_bhwz, ids_bl = batch
+  `frozen` holds the weights of the text tower `text`, and the ids of the empty caption.
+  """
+  (latents_bhwz, ids_bl), (text_params, null_l) = batch, frozen
   drop_key, time_key, noise_key = jax.random.split(key, 3)
   rows = latents_bhwz.shape[0]
   ids_bl = jnp.where(jax.random.uniform(drop_key, (rows, 1)) < drop, null_l, ids_bl)
@@ -108,7 +104,7 @@ def sd_loss(schedule: diffusion.Schedule, drop: float, model: Denoising, null_l:
   times_b = jnp.minimum((times_b * len(schedule.alphas_cumprod)).astype(jnp.int32), len(schedule.alphas_cumprod) - 1)
   noisy = diffusion.add_noise(schedule, latents_bhwz, noise, times_b)
   target = diffusion.training_target(schedule, latents_bhwz, noise, times_b)
-  output = model.unet(noisy, times_b, model.text_encoder(ids_bl)[0])
+  output = model(noisy, times_b, nnx.merge(text, text_params)(ids_bl)[0])
   loss = jnp.mean((output - target) ** 2)
   return loss, {"loss": loss}
 
@@ -210,19 +206,20 @@ def train_judge(world: World, part: Mapping) -> dict:
 
 
 def train_sd(world: World, part: Mapping) -> dict:
-  """Text tower and denoiser on latents; leaves a whole diffusers folder."""
+  """The denoiser on latents, with CLIP's frozen text tower as in Stable Diffusion 1.x; a whole diffusers folder."""
   folder, autoencoder = world.workdir / "sd", hub.load(vae.AutoencoderKL, world.workdir / "vae")
   latents = encode(autoencoder, world.images_nhwc) * autoencoder.scaling_factor
-  text = text_config(world, part["text"]) | {"architectures": ["CLIPTextModel"]}
+  encoder = hub.load(clip.CLIPModel, world.workdir / "clip").text_model
+  text = hub.read_json(world.workdir / "clip" / "config.json")["text_config"] | {"architectures": ["CLIPTextModel"]}
+  graphdef, text_params = nnx.split(encoder)
   denoiser = dict(part["unet"], _class_name="UNet2DConditionModel", cross_attention_dim=text["hidden_size"])
   scheduler = dict(part["scheduler"])
-  model = Denoising(loop.build(clip.CLIPTextModel, text, world.seed),
-                    loop.build(unet.UNet2DConditionModel, denoiser, world.seed + 1))
-  loss = functools.partial(sd_loss, diffusion.Schedule.from_config(scheduler), part["drop"])
+  model = loop.build(unet.UNet2DConditionModel, denoiser, world.seed)
+  loss = functools.partial(sd_loss, diffusion.Schedule.from_config(scheduler), part["drop"], graphdef)
   null_l = jnp.asarray(world.tokenizer([""]))[0]
-  model, held = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=null_l)
-  hub.save(model.text_encoder, folder / "text_encoder", text)
-  hub.save(model.unet, folder / "unet", denoiser, file_name="diffusion_pytorch_model.safetensors")
+  model, held = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=(text_params, null_l))
+  hub.save(encoder, folder / "text_encoder", text)
+  hub.save(model, folder / "unet", denoiser, file_name="diffusion_pytorch_model.safetensors")
   checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
   return held
 
@@ -333,7 +330,7 @@ def model_card(world: World, size: int, digest: str, agreement: Mapping[str, flo
 
 PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
          "export": export}
-NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": ("tokenizer", "vae"),
+NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": ("tokenizer", "vae", "clip"),
          "export": ("tokenizer", "vae", "clip", "judge", "sd")}
 
 
