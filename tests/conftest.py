@@ -29,7 +29,8 @@ def tiny_pretraining():
   config.vae.model.block_out_channels = (8, 8, 8)
   config.clip.vision.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, patch_size=8)
   config.clip.text.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-  config.sd.unet.block_out_channels = (16, 16)
+  config.sd.unet.update(block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",),
+                        up_block_types=("CrossAttnUpBlock2D",))
   config.judge.model.width = 8
   return config
 

@@ -109,11 +109,6 @@ def test_a_class_without_images_is_named(world, tmp_path):
     run_classifier.run(SETTINGS, world, tmp_path / "classifier")
 
 
-def test_more_images_than_generated_are_refused(world, tmp_path):
-  with pytest.raises(ValueError, match="config.classifier.images is 6, but 5"):
-    run_classifier.run(run_classifier.Settings("pooled", 0, 6, 1, 0.1, 0.0), world, tmp_path / "classifier")
-
-
 def test_few_real_images_are_repeated():
   features_nf, labels_n = np.arange(6.0)[:, None], np.array([4, 2, 4, 2, 4, 4])
   rows = run_classifier.real_images(features_nf, labels_n, (4, 2), 3)

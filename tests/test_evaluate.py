@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import checkpoint, losses
+from digzsl_jax import checkpoint, losses, mesh
 from digzsl_jax.data import images, splits
 from digzsl_jax.models import cdm
 from digzsl_jax.runs import classifier as run_classifier
@@ -70,7 +70,7 @@ def make_workspace(folder, has_real=True):
       log=log, judge=judge, dataset=dataset, tasks=splits.tasks(dataset), stages={},
       clip=types.SimpleNamespace(logit_scale=nnx.Param(jnp.float32(3))), folder=lambda name: folder / name,
       models=types.SimpleNamespace(clip=str(folder)), cdm_encoder=types.SimpleNamespace(width=3),
-      prototypes_kd=prototypes_kd)
+      prototypes_kd=prototypes_kd, mesh=mesh.make(1))
 
 
 class Bar(list):
