@@ -14,22 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from digzsl_jax.files import write_atomic
-
-
-def write_json(path: os.PathLike, value: Any) -> None:
-  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: os.PathLike, text: str) -> None:
-  write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: os.PathLike) -> Any:
-  try:
-    return json.loads(pathlib.Path(path).read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is not valid JSON ({error}); delete it to make it anew") from error
+from digzsl_jax.files import read_json, write_atomic, write_json
 
 
 def write_arrays(path: os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -129,6 +114,18 @@ class Stage:
     else:
       (self.folder / "seconds.json").unlink(missing_ok=True)
       write_json(record, inputs)
+
+  def require(self) -> pathlib.Path:
+    """The folder of a finished stage, for a stage that reads it.
+
+    Raises:
+      ValueError: it has not finished, or was made from other inputs.
+    """
+    if not self.done:
+      raise ValueError(f"stage {self.folder.name} has not finished in {self.folder.parent}; add it to "
+                       "--config.stages")
+    self.claim()
+    return self.folder
 
   def finish(self, results: Mapping[str, Any]) -> None:
     """Marks the stage as finished, with its summary (seconds, losses, counts)."""

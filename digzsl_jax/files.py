@@ -1,8 +1,10 @@
 """Writing a file so that a reader finds the old one or the whole new one, never a part."""
 
+import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import safetensors
 
@@ -28,3 +30,18 @@ def write_atomic(path: os.PathLike, write: Callable[[pathlib.Path], object]) -> 
                   "another --workdir and start again") from error
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def write_text(path: os.PathLike, text: str) -> None:
+  write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: os.PathLike, value: Any) -> None:
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: os.PathLike) -> Any:
+  try:
+    return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not valid JSON ({error}); delete it to make it anew") from error

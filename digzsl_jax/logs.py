@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import tqdm
 from flax import nnx
+
+from digzsl_jax import files
 
 PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "tokenizers")
 
@@ -41,6 +44,12 @@ class Log:
     """A bar with rate and time left; silent on fast work and, but for a line a minute, when not a terminal."""
     return tqdm.tqdm(total=total, initial=done, desc=name, leave=False, dynamic_ncols=True, file=sys.stderr,
                      mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.1)
+
+
+def write_provenance(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Writes the resolved config and the versions of what the numbers depend on."""
+  files.write_json(workdir / "config.json", config)
+  files.write_json(workdir / "versions.json", versions())
 
 
 def versions() -> dict[str, str]:

@@ -62,14 +62,14 @@ class Loop:
   frozen: Any
   seed: int
 
-  @functools.cached_property
-  def parts(self) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(self.model)
-
   def __post_init__(self):
     if (rows := jax.tree.leaves(self.data)[0].shape[0]) <= HELD_OUT:
       raise ValueError(f"{self.name}: {rows} pictures are too few, {HELD_OUT} of them only measure; raise "
                        "config.corpus.images")
+
+  @functools.cached_property
+  def parts(self) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(self.model)
 
   def start(self) -> TrainState:
     params = self.parts[1]

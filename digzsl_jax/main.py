@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from digzsl_jax import checkpoint, logs
+from digzsl_jax import logs
 from digzsl_jax.runs import cdm, class_tokens, classifier, evaluate, generate, pretrain, report
 from digzsl_jax.workspace import Workspace, parse
 
@@ -44,8 +44,7 @@ def dig_zsl(config: dict, workdir: pathlib.Path, log: logs.Log, dry_run: bool) -
     return
   for name in asked:
     stages[name].claim()
-  checkpoint.write_json(workdir / "config.json", config)
-  checkpoint.write_json(workdir / "versions.json", logs.versions())
+  logs.write_provenance(workdir, config)
   for name, module in asked.items():
     if stages[name].done and getattr(module, "complete", lambda *_: True)(ws, stages[name].folder):
       log.say(f"{name}: already there")

@@ -170,15 +170,15 @@ def number(value: object, digits: int = 1) -> str:
   return f"{value:.{digits}f}" if known(value) else "\u2013"
 
 
-def change(new: object, old: object, higher_is_better: bool = True) -> Html | None:
-  """The difference with an arrow, coloured by whether it is an improvement; None when one is unknown."""
+def change(new: object, old: object) -> Html | None:
+  """The difference with an arrow, green for a rise; None when one is unknown."""
   if not (known(new) and known(old)):
     return None
   value = round(new - old, 1)
   if value == 0:
     return tag("span", "\u00b1 0.0", class_="soft")
-  arrow, better = "\u25b2" if value > 0 else "\u25bc", (value > 0) == higher_is_better
-  return tag("span", f"{arrow}\u202f{abs(value):.1f}", class_="up" if better else "down")
+  arrow, kind = ("\u25b2", "up") if value > 0 else ("\u25bc", "down")
+  return tag("span", f"{arrow}\u202f{abs(value):.1f}", class_=kind)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

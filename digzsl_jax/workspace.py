@@ -102,10 +102,7 @@ class Workspace:
 
   def folder(self, name: str) -> pathlib.Path:
     """The folder of a finished stage."""
-    if not self.stages[name].done:
-      raise ValueError(f"stage {name} has not finished in {self.workdir}; add it to --config.stages")
-    self.stages[name].claim()  # raises if it was made from other settings
-    return self.stages[name].folder
+    return self.stages[name].require()
 
   @property
   def seed(self) -> int:
@@ -164,6 +161,13 @@ class Workspace:
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "sd") / "tokenizer")
+
+  def token_prompts(self, task: splits.Task, template: str, initial: str) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt ids `[k, l]` of the task's unseen classes, the initial word at the token's place, and that place."""
+    names = [prompts.class_name(self.dataset.names[label]) for label in task.unseen]
+    encoded = [self.sd_tokenizer.encode_with_slot(template, name, initial=initial) for name in names]
+    ids_kl, slot_k = map(np.array, zip(*encoded))
+    return ids_kl, slot_k
 
   @property
   def modules(self) -> dict[str, nnx.Module]:

@@ -38,7 +38,7 @@ def tiny_pretraining():
 @pytest.fixture(scope="session")
 def tiny_world(tiny_pretraining, tmp_path_factory):
   """A folder with untrained `clip`, `sd` and `judge` of `tiny_pretraining`, as `runs/pretrain.py` writes them."""
-  from digzsl_jax import checkpoint, logs, loop
+  from digzsl_jax import logs, loop
   from digzsl_jax.runs import pretrain
   monkeypatch = pytest.MonkeyPatch()
   monkeypatch.setattr(loop.Loop, "run", lambda training, *arguments: (training.model, {}))
@@ -47,7 +47,6 @@ def tiny_world(tiny_pretraining, tmp_path_factory):
   config = tiny_pretraining.copy_and_resolve_references()
   folder = tmp_path_factory.mktemp("world")
   config.export.folder = str(folder / "models")
-  checkpoint.write_json(folder / "run" / "config.json", config.to_dict())
   pretrain.run(config.to_dict(), folder / "run", logs.Log(folder / "run"), False)
   monkeypatch.undo()
   return folder / "models"

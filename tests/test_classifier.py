@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import checkpoint
+from digzsl_jax import checkpoint, files
 from digzsl_jax.data import images, splits
 from digzsl_jax.models import cdm, hub
 from digzsl_jax.models.classifier import Classifier
@@ -36,16 +36,16 @@ def make_task():
 
 def write_generated(folder, task, rng, count=5):
   """Images of the right colour from "learned", of the other unseen class's from "plain"."""
-  files = {}
+  made = {}
   for source, labels in (("learned", task.unseen), ("plain", task.unseen[::-1])):
-    files[source] = {}
+    made[source] = {}
     for label, shown in zip(task.unseen, labels):
       paths = [f"{source}/{NAMES[label]}/{index:05d}.png" for index in range(count)]
       (folder / source / NAMES[label]).mkdir(parents=True, exist_ok=True)
       for path, image in zip(paths, paint(np.full(count, shown), rng)):
         images.write_png(folder / path, image)
-      files[source][NAMES[label]] = paths
-  checkpoint.write_json(folder / "manifest.json", {"images": count, "files": files,
+      made[source][NAMES[label]] = paths
+  files.write_json(folder / "manifest.json", {"images": count, "files": made,
                                                    "classes": [NAMES[label] for label in task.unseen]})
 
 
@@ -102,9 +102,9 @@ def test_a_damaged_image_is_named(world, tmp_path):
 
 def test_a_class_without_images_is_named(world, tmp_path):
   path = tmp_path / "generate" / "test" / "manifest.json"
-  manifest = checkpoint.read_json(path)
+  manifest = files.read_json(path)
   manifest["files"]["learned"]["cyan"].pop()
-  checkpoint.write_json(path, manifest)
+  files.write_json(path, manifest)
   with pytest.raises(ValueError, match="5 learned images of cyan"):
     run_classifier.run(SETTINGS, world, tmp_path / "classifier")
 

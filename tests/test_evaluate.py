@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import checkpoint, losses, mesh
+from digzsl_jax import checkpoint, files, losses, mesh
 from digzsl_jax.data import images, splits
 from digzsl_jax.models import cdm
 from digzsl_jax.runs import classifier as run_classifier
@@ -37,15 +37,15 @@ def write_generated(folder, unseen):
   """"learned" shows its class but for the last picture, "plain" the other unseen class."""
   shown = {"learned": lambda row: [unseen[row]] * (MADE - 1) + [unseen[1 - row]],
            "plain": lambda row: [unseen[1 - row]] * MADE}
-  files = {source: {} for source in shown}
+  made = {source: {} for source in shown}
   for source, labels in shown.items():
     for row, label in enumerate(unseen):
       paths = [f"{source}/{NAMES[label]}/{index:05d}.png" for index in range(MADE)]
       (folder / source / NAMES[label]).mkdir(parents=True)
       for path, image in zip(paths, paint(np.array(labels(row)), label)):
         images.write_png(folder / path, image)
-      files[source][NAMES[label]] = paths
-  checkpoint.write_json(folder / "manifest.json", {"images": MADE, "files": files})
+      made[source][NAMES[label]] = paths
+  files.write_json(folder / "manifest.json", {"images": MADE, "files": made})
 
 
 class ColourJudge(nnx.Module):

@@ -93,6 +93,11 @@ class Task:
   test_unseen: LabelledImages
   real_unseen: LabelledImages | None
 
+  def positions(self, labels_n: np.ndarray) -> np.ndarray:
+    """Labels as positions among the task's classes, seen ones first: the columns of its classifiers."""
+    position = {label: row for row, label in enumerate((*self.seen, *self.unseen))}
+    return np.array([position[label] for label in labels_n.tolist()])
+
 
 def tasks(dataset: Dataset) -> dict[str, Task]:
   """The "test" task, and the "validation" task on which settings are chosen.

@@ -14,6 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
+from digzsl_jax import files
+
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 _PATTERN = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
@@ -179,17 +181,16 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], bos: str,
 
 def _write_folder(folder: pathlib.Path, vocab: dict[str, int], merges: list[tuple[str, str]],
                   length: int) -> None:
-  folder.mkdir(parents=True, exist_ok=True)
   special = {"bos_token": _START, "eos_token": _END, "pad_token": _END, "unk_token": _END}
   config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": length}
   lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-  files = {"vocab.json": json.dumps(vocab, ensure_ascii=False),
+  texts = {"vocab.json": json.dumps(vocab, ensure_ascii=False),
            "merges.txt": "\n".join(lines) + "\n",
            "special_tokens_map.json": json.dumps(special, indent=2),
            "tokenizer_config.json": json.dumps(config, indent=2),
            "tokenizer.json": _backend(vocab, merges, _START, _END).to_str(pretty=True)}
-  for name, text in files.items():
-    (folder / name).write_text(text, encoding="utf-8")
+  for name, text in texts.items():
+    files.write_text(folder / name, text)
 
 
 def _read_merges(path: str) -> list[tuple[str, str]]:

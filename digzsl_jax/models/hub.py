@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from digzsl_jax.files import write_atomic
+from digzsl_jax.files import write_atomic, write_json
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -209,5 +209,4 @@ def save(model: nnx.Module, folder: os.PathLike, config: Mapping, *, dtype=np.fl
     # safetensors writes the memory as it lies, whatever the strides say.
     tensors[reference_name(name)] = np.array(_to_torch(value) if is_kernel else value, dtype, order="C")
   write_atomic(folder / file_name, lambda path: safetensors.numpy.save_file(tensors, path, {"format": "pt"}))
-  text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-  write_atomic(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+  write_json(folder / "config.json", config)

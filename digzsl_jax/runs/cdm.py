@@ -146,9 +146,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   summary = {}
   for name, task in ws.tasks.items():
     seen, prototypes_kp = list(task.seen), ws.prototypes_kd[list(task.seen)]
-    position = {label: row for row, label in enumerate(seen)}
-    train_n, test_n = (np.array([position[label] for label in chosen.labels_n.tolist()])
-                       for chosen in (task.train, task.test_seen))
+    train_n, test_n = (task.positions(chosen.labels_n) for chosen in (task.train, task.test_seen))
     for kind in settings.kinds:
       head = cdm.Head(kind, encoder.width, settings.hidden, prototypes_kp.shape[1], rngs=nnx.Rngs(ws.seed))
       head, loss_s = fit(head, features[f"{name}.train"], train_n, prototypes_kp, settings, ws.seed)

@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, losses, mesh
+from digzsl_jax import checkpoint, diffusion, files, losses, mesh
 from digzsl_jax.data import prompts, splits
 from digzsl_jax.models import cdm, stable_diffusion
 from digzsl_jax.workspace import TOKENS, Workspace, check
@@ -288,19 +288,12 @@ def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, g
   return jax.tree.map(lambda a, b: jnp.where(keep_s.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, slots)
 
 
-def task_prompts(settings: Settings, ws: Workspace, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
-  """Prompt ids `[k, l]` of the task's unseen classes, and the position of S* in each."""
-  names = [prompts.class_name(ws.dataset.names[label]) for label in task.unseen]
-  encoded = [ws.sd_tokenizer.encode_with_slot(settings.template, name, initial=settings.initial) for name in names]
-  ids_kl, slot_k = map(np.array, zip(*encoded))
-  return ids_kl, slot_k
-
-
 def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classes:
   """Prompts and prototypes of the task's unseen classes, filled up so that all tasks share one compilation."""
   rows = max(len(other.unseen) for other in ws.tasks.values())
   filled_k = np.resize(np.arange(len(task.unseen)), rows)
-  labels_k, (ids_kl, slot_k) = np.array(task.unseen)[filled_k], task_prompts(settings, ws, task)
+  ids_kl, slot_k = ws.token_prompts(task, settings.template, settings.initial)
+  labels_k = np.array(task.unseen)[filled_k]
   allowed_k = np.arange(rows) < len(task.unseen)
   return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, ids_kl[filled_k], slot_k[filled_k],
                                            ws.prototypes_kd[labels_k], ws.sd_tokenizer([""])[0]))
@@ -343,7 +336,7 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
   if saved is not None:
     slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
-  idle = fresh_slots(settings, np.full(-settings.slots % learner.width, -1), token_d)  # fill the last bodies
+  idle = fresh_slots(settings, np.full(learner.idle, -1), token_d)
   join = lambda *leaves: np.concatenate(leaves)
   while not outcome.done_k.all():
     class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
@@ -359,10 +352,9 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
     slots, next_class = collect(outcome, slots, next_class, settings, token_d, ws.log, names)
     checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
-    alive = made.made_c
-    if alive.any():
-      bar.set_postfix(loss=f"{made.loss_c[alive].mean():.3f}", accuracy=f"{made.accuracy_c[alive].mean():.2f}",
-                      refresh=False)
+    if made.made_c.any():
+      loss, accuracy = (leaf_c[made.made_c].mean() for leaf_c in (made.loss_c, made.accuracy_c))
+      bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
   bar.close()
   return outcome
 
@@ -375,7 +367,7 @@ def write_outcome(outcome: Outcome, names: list[str], task: str, folder: pathlib
     made = int(np.isfinite(outcome.accuracy_ku[k]).sum())
     curves[name] = {"loss": outcome.loss_ku[k, :made].tolist(), "accuracy": outcome.accuracy_ku[k, :made].tolist(),
                     "stopped": REASONS[outcome.reason_k[k]], "best_step": int(outcome.best_step_k[k])}
-  checkpoint.write_json(folder / f"{task}_curves.json", curves)
+  files.write_json(folder / f"{task}_curves.json", curves)
   first, best = (np.nanmean([pick(curve["loss"]) for curve in curves.values()]) for pick in (lambda c: c[0], min))
   return {"classes": len(names), "first_loss": round(float(first), 4), "best_loss": round(float(best), 4),
           "updates": sum(len(curve["loss"]) for curve in curves.values()),
@@ -388,7 +380,7 @@ class Learner:
   def __init__(self, settings: Settings, ws: Workspace, discriminator: Callable[[str], cdm.CDM]):
     """`discriminator` gives the CDM of a task's name."""
     self.settings, self.ws, self.discriminator = settings, ws, discriminator
-    self.width = ws.mesh.size * settings.slots_per_body  # the steps take multiples of it
+    self.idle = -settings.slots % (ws.mesh.size * settings.slots_per_body)  # slots that fill the last bodies
     path = gradient_path(settings, ws.schedule)
     self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
 
@@ -404,7 +396,7 @@ class Learner:
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The steps for `--dry_run`: lowered for the test task, not run."""
   learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
-  slots = fresh_slots(settings, np.zeros(settings.slots + -settings.slots % learner.width), ws.initial_token)
+  slots = fresh_slots(settings, np.zeros(settings.slots + learner.idle), ws.initial_token)
   slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
   carry = jax.eval_shape(learner.prefix, frozen, slots)
   return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
@@ -413,9 +405,9 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError for what would fail only after the stages before this one."""
   gradient_path(settings, ws.schedule)
-  _ = ws.mesh  # one of more devices than there are fails here
+  mesh.make(ws.config["mesh"]["devices"])
   for task in ws.tasks.values():
-    task_prompts(settings, ws, task)
+    ws.token_prompts(task, settings.template, settings.initial)
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

@@ -138,12 +138,6 @@ def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sum
   return [nnx.merge(graphdef, one(row), rest) for row in range(sources)], np.asarray(loss_s)
 
 
-def seen_positions(task: splits.Task) -> np.ndarray:
-  """Labels of the training images as positions among the seen classes."""
-  position = {label: row for row, label in enumerate(task.seen)}
-  return np.array([position[label] for label in task.train.labels_n.tolist()])
-
-
 def train_task(settings: Settings, task: splits.Task, features: dict[str, np.ndarray],
                made: dict[str, np.ndarray], width: int, ws: Workspace, folder: pathlib.Path) -> dict:
   """Trains and writes the classifiers of one task.
@@ -157,7 +151,7 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
   if task.real_unseen is not None:
     unseen["real"] = real_images(features["real_unseen"], task.real_unseen.labels_n, task.unseen,
                                  settings.images)
-  labels_n = seen_positions(task)
+  labels_n = task.positions(task.train.labels_n)
   classes = [ws.dataset.names[label] for label in (*task.seen, *task.unseen)]
   used = columns(settings.features, width, features["train"].shape[1])
   model = Classifier(used, settings.hidden, len(classes), rngs=nnx.Rngs(ws.seed))
@@ -179,7 +173,8 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   sources = 2 + (task.real_unseen is not None)
   made_srf = jax.ShapeDtypeStruct((sources, len(task.unseen) * settings.images, seen_nf.shape[1]), np.float32)
-  train = compile_training(graphdef, seen_positions(task), len(task.unseen), settings.images, settings)
+  labels_n = task.positions(task.train.labels_n)
+  train = compile_training(graphdef, labels_n, len(task.unseen), settings.images, settings)
   return {"all steps": train.lower(params, rest, seen_nf, made_srf)}
 
 

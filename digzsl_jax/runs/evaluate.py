@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax import checkpoint, logs, losses, metrics
+from digzsl_jax import checkpoint, files, logs, losses, metrics
 from digzsl_jax.data import generated, splits
 from digzsl_jax.models import cdm, hub, judge
 from digzsl_jax.models.classifier import Classifier
@@ -78,9 +78,7 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
   """
   classes = (*task.seen, *task.unseen)
   names = [ws.dataset.names[label] for label in classes]
-  position = {label: row for row, label in enumerate(classes)}
-  labels_n = np.array([position[label] for chosen in (task.test_seen, task.test_unseen)
-                       for label in chosen.labels_n.tolist()])
+  labels_n = task.positions(np.concatenate([task.test_seen.labels_n, task.test_unseen.labels_n]))
   prototypes_kp = ws.prototypes_kd[list(classes)]
   features_nf = np.concatenate([real[f"{task.name}.test_seen"], real[f"{task.name}.test_unseen"]])
   embeds_np = features_nf[:, -prototypes_kp.shape[1]:]
@@ -204,7 +202,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
       "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in ("learned", "plain")},
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items()
                   if stage.done}}
-  checkpoint.write_json(ws.workdir / "results.json", results)
+  files.write_json(ws.workdir / "results.json", results)
   headline = {key: results["czsl"][key] for key in ("T1", "T1_per_image")}
   headline |= {key: results["gzsl"][key] for key in ("U", "S", "H", "lambda")}
   headline["plain_sd_T1"] = results["baselines"][METHODS["plain"]]["czsl"]["T1"]

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, mesh
-from digzsl_jax.data import images, prompts, splits
+from digzsl_jax import checkpoint, diffusion, files, mesh
+from digzsl_jax.data import images, splits
 from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("tokens",)
@@ -105,15 +105,11 @@ def slug(name: str) -> str:
 
 def task_prompts(ws: Workspace, task: splits.Task, folder: pathlib.Path) -> dict[str, list]:
   """Ids, token position and token of every unseen class, by source; `plain` keeps the initial word."""
-  template, initial = ws.config["tokens"]["template"], ws.config["tokens"]["initial"]
   learned = checkpoint.read_arrays(folder / TOKENS[task.name])
-  made = {source: [] for source in SOURCES}
-  for label in task.unseen:
-    name = ws.dataset.names[label]
-    ids_l, slot = ws.sd_tokenizer.encode_with_slot(template, prompts.class_name(name), initial=initial)
-    for source, token_d in (("learned", learned[name]), ("plain", ws.initial_token)):
-      made[source].append((label, ids_l, slot, token_d))
-  return made
+  section = ws.config["tokens"]
+  rows = list(zip(task.unseen, *ws.token_prompts(task, section["template"], section["initial"])))
+  return {"learned": [(label, ids_l, slot, learned[ws.dataset.names[label]]) for label, ids_l, slot in rows],
+          "plain": [(label, ids_l, slot, ws.initial_token) for label, ids_l, slot in rows]}
 
 
 def batch_rows(jobs: list[Job], made: dict[str, list], size: int) -> Rows:
@@ -140,11 +136,11 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
       images.write_png(path(job), image_hwc)
     bar.update(len(batch))
   bar.close()
-  files = {source: {name: [] for name in names} for source in SOURCES}
+  paths = {source: {name: [] for name in names} for source in SOURCES}
   for job in jobs:
-    files[job.source][names[job.row]].append(str(path(job).relative_to(folder / task.name)))
-  manifest = {"classes": names, "images": settings.images, "sources": list(SOURCES), "seed": ws.seed, "files": files}
-  checkpoint.write_json(folder / task.name / "manifest.json", manifest)
+    paths[job.source][names[job.row]].append(str(path(job).relative_to(folder / task.name)))
+  manifest = {"classes": names, "images": settings.images, "sources": list(SOURCES), "seed": ws.seed, "files": paths}
+  files.write_json(folder / task.name / "manifest.json", manifest)
   return {"images": len(jobs), "made_now": sum(map(len, todo))}
 
 
@@ -173,8 +169,8 @@ def complete(ws: Workspace, folder: pathlib.Path) -> bool:
   """Whether every image that the manifests list is there; what is missing is made again."""
   manifests = [folder / name / "manifest.json" for name in ws.tasks]
   return all(path.exists() for path in manifests) and all(
-      (path.parent / file).exists() for path in manifests for of_class in checkpoint.read_json(path)["files"].values()
-      for files in of_class.values() for file in files)
+      (path.parent / file).exists() for path in manifests for of_class in files.read_json(path)["files"].values()
+      for made in of_class.values() for file in made)
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

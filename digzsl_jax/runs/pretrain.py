@@ -21,9 +21,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, loop, losses
+from digzsl_jax import checkpoint, diffusion, files, loop, losses
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
-from digzsl_jax.logs import Log, memory_and_flops, parameter_table, versions
+from digzsl_jax.logs import Log, memory_and_flops, parameter_table, write_provenance
 from digzsl_jax.models import clip, hub, judge, stable_diffusion, unet, vae
 
 
@@ -161,7 +161,7 @@ def train_tokenizer(world: World, part: Mapping) -> dict:
 def train_vae(world: World, part: Mapping) -> dict:
   config = dict(part["model"], _class_name="AutoencoderKL", scaling_factor=1.0)
   model, held = world.fit("vae", part, loop.build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
-                    frozen=part["kl"])
+                          frozen=part["kl"])
   latents = encode(model, world.images_nhwc[:4096])
   config["scaling_factor"] = float(1 / latents.std())  # unit variance, as Stable Diffusion's 0.18215
   hub.save(model, world.workdir / "vae", config, file_name="diffusion_pytorch_model.safetensors")
@@ -181,9 +181,9 @@ def train_clip(world: World, part: Mapping) -> dict:
             "vision_config": dict(part["vision"], model_type="clip_vision_model",
                                   projection_dim=part["projection_dim"])}
   model, held = world.fit("clip", part, loop.build(clip.CLIPModel, config, world.seed), clip_loss,
-                    (world.images_nhwc, world.ids_nl))
+                          (world.images_nhwc, world.ids_nl))
   hub.save(model, world.workdir / "clip", config)
-  checkpoint.write_json(world.workdir / "clip" / "preprocessor_config.json", preprocessor(part["vision"]["image_size"]))
+  files.write_json(world.workdir / "clip" / "preprocessor_config.json", preprocessor(part["vision"]["image_size"]))
   return held | {"logit_scale": float(jnp.exp(model.logit_scale[...]))}
 
 
@@ -220,7 +220,7 @@ def train_sd(world: World, part: Mapping) -> dict:
   model, held = world.fit("sd", part, model, loss, (latents, world.ids_nl), frozen=(text_params, null_l))
   hub.save(encoder, folder / "text_encoder", text)
   hub.save(model, folder / "unet", denoiser, file_name="diffusion_pytorch_model.safetensors")
-  checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+  files.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
   return held
 
 
@@ -259,7 +259,7 @@ def export(world: World, part: Mapping) -> dict:
   card, made = target / "README.md", f"config=configs/pretrain_{world.corpus_settings['name']}.py"
   if target.exists() and any(target.iterdir()) and not (card.exists() and made in card.read_text()):
     raise ValueError(f"config.export.folder is {target}, which holds something else; choose an empty folder")
-  scheduler = checkpoint.read_json(world.workdir / "sd" / "scheduler" / "scheduler_config.json")
+  scheduler = files.read_json(world.workdir / "sd" / "scheduler" / "scheduler_config.json")
   sources = {"clip": ["clip", "tokenizer"], "judge": ["judge"], "sd/tokenizer": ["tokenizer"], "sd/vae": ["vae"],
              **{f"sd/{name}": [f"sd/{name}"] for name in ("text_encoder", "unet", "scheduler")}}
   fresh = target.with_name(f".{target.name}.new")
@@ -269,12 +269,12 @@ def export(world: World, part: Mapping) -> dict:
       shutil.copytree(world.workdir / folder, fresh / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
           "state.safetensors", "inputs.json", "done.json", "seconds.json", ".*"))
   index = MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-  checkpoint.write_json(fresh / "sd" / "model_index.json", index)
+  files.write_json(fresh / "sd" / "model_index.json", index)
   size = sum(path.stat().st_size for path in fresh.rglob("*.safetensors"))
   digest = checkpoint.fingerprint({name: checkpoint.fingerprint_folder(fresh / name)
                                    for name in ("clip", "judge", "sd")})
   agreement = plain_agreement(world, fresh)
-  checkpoint.write_text(fresh / "README.md", model_card(world, size, digest, agreement))
+  files.write_text(fresh / "README.md", model_card(world, size, digest, agreement))
   shutil.rmtree(target, ignore_errors=True)  # only now that its successor is whole
   fresh.rename(target)
   return {"bytes": size, "sha256": digest} | agreement
@@ -317,10 +317,10 @@ LIMITS = {
 
 def model_card(world: World, size: int, digest: str, agreement: Mapping[str, float]) -> str:
   """What was trained, how, and how well; fingerprint_folder of clip, judge and sd make the digest."""
-  config = checkpoint.read_json(world.workdir / "config.json")
+  config = files.read_json(world.workdir / "config.json")
   name, rows = config["corpus"]["name"], []
   for part in ("vae", "clip", "judge", "sd"):
-    done = checkpoint.read_json(world.workdir / part / "done.json")
+    done = files.read_json(world.workdir / part / "done.json")
     figures = ", ".join(f"{key} {value:.4g}" for key, value in done.items() if key != "seconds")
     rows.append(f"| {part} | {figures} | {done['seconds']} |")
   return CARD.format(title=name, command=f"python -m digzsl_jax.main --config=configs/pretrain_{name}.py",
@@ -350,19 +350,17 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
         PARTS[name](world, config[name])
     return
   world, stages = World(config["corpus"], workdir, log, config["seed"]), {}
-  for name, function in PARTS.items():
+  for name, needs in NEEDS.items():
     inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
-              **{need: stages[need].fingerprint for need in NEEDS[name]}}
-    stages[name] = stage = checkpoint.Stage(workdir / name, inputs)
-    if name not in config["stages"]:
-      continue
-    for need in NEEDS[name]:
-      if not stages[need].done:
-        raise ValueError(f"stage {need} has not finished in {workdir}; add it to --config.stages")
-      stages[need].claim()  # raises if it was made from other settings
-    stage.claim()
-    checkpoint.write_json(workdir / "config.json", config)
-    checkpoint.write_json(workdir / "versions.json", versions())
-    if not stage.done:
-      stage.make(lambda function=function, name=name: function(world, config[name]))
-    log.say(f"{name}: {stage.results()}")
+              **{need: stages[need].fingerprint for need in needs}}
+    stages[name] = checkpoint.Stage(workdir / name, inputs)
+  asked = [name for name in PARTS if name in config["stages"]]
+  for name in asked:
+    for need in set(NEEDS[name]) - set(asked):
+      stages[need].require()
+    stages[name].claim()
+  write_provenance(workdir, config)
+  for name in asked:
+    if not stages[name].done:
+      stages[name].make(lambda name=name: PARTS[name](world, config[name]))
+    log.say(f"{name}: {stages[name].results()}")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from digzsl_jax import checkpoint
+from digzsl_jax import checkpoint, files
 from digzsl_jax import report_page as page
 from digzsl_jax.data import generated as generated_images
 from digzsl_jax.data import images
@@ -36,7 +36,6 @@ BASELINES = {"cdm_prototype_residual": "CDM prototype, residual", "cdm_prototype
              "clip_zero_shot": "CLIP zero-shot", "real_images": "Real images (bound)"}
 WITHOUT_IMAGES = {"cdm_prototype": "CDM prototypes", "clip_zero_shot": "those of CLIP"}
 AGREEMENTS = {"cdm_agreement": "CDM", "judge_agreement": "Judge", "judge_pair_agreement": "Judge (pair)"}
-LOWER_IS_BETTER = ("fid", "kid")
 STOPS = {"accuracy": "target reached", "patience": "no more progress", "cap": "step limit", "nan": "diverged"}
 
 
@@ -72,13 +71,12 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
   path = ws.workdir / "results.json"
   if not path.exists():
     raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")
-  results = checkpoint.read_json(path)
-  parts = [header(results, ws), headline(results, settings.published), other_measures(results),
-           grids(results, ws, settings), class_bars(results, ws.dataset.names), token_map(ws),
-           loss_curves(ws), lambda_curves(results), stage_times(results, ws.stages),
-           appendix(results, ws.config)]
+  results = files.read_json(path)
+  parts = [header(results, ws), headline(results, settings.published), grids(results, ws, settings),
+           class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws), lambda_curves(results),
+           stage_times(results, ws.stages), appendix(results, ws.config)]
   text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
-  checkpoint.write_text(ws.workdir / "report.html", text)
+  files.write_text(ws.workdir / "report.html", text)
   return {"bytes": len(text)}
 
 
@@ -106,7 +104,7 @@ def header(results: Mapping, ws: Workspace) -> Html:
            ("Time before this page", duration(sum(results.get("seconds", {}).values())))]
   versions = ws.workdir / "versions.json"
   if versions.exists():
-    found = ordered(checkpoint.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
+    found = ordered(files.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
     pairs.append(("Versions", ", ".join(f"{name} {version}" for name, version in found.items())))
   return join(tag("header", tag("h1", f"DIG-ZSL on {results['dataset']}"),
                   tag("p", verdict(results), class_="verdict"), page.facts(pairs)), alarm(results))
@@ -194,21 +192,6 @@ def headline(results: Mapping, published: Sequence) -> Html:
         "classes, and an oracle row chooses \u03bb on the test pictures.", class_="note"))
 
 
-def other_measures(results: Mapping) -> Html | None:
-  """What else was measured of the generated pictures of both sources."""
-  generated, rows = results.get("generated", {}), []
-  for key, ours in generated.items():
-    plain = generated.get(f"plain_sd_{key}")
-    if key not in AGREEMENTS and page.known(ours) and page.known(plain):
-      better = page.change(ours, plain, higher_is_better=not key.startswith(LOWER_IS_BETTER))
-      rows.append((None, [spoken(key).replace("fid", "FID"), page.number(plain), page.number(ours), better]))
-  if not rows:
-    return None
-  return page.section(
-    "generated", "Generated pictures", "What the pictures show, apart from any classifier trained on them; "
-    "green is better.", page.table(["", "plain", "learnt", "difference"], rows, wide=False))
-
-
 def data_uri(image_hwc: np.ndarray, longest: int) -> str:
   """A PNG inside the page, reduced to `longest` pixels where it is larger."""
   picture, buffer = Image.fromarray(image_hwc), io.BytesIO()
@@ -238,19 +221,19 @@ def grids(results: Mapping, ws: Workspace, settings: Settings) -> Html:
   folder, real = ws.folder("generate") / "test", ws.dataset.test_unseen
   names = {ws.dataset.names[label]: label for label in ws.dataset.unseen}
   manifest = generated_images.read_manifest(folder, list(names))
-  files = ordered(manifest["files"], ("plain", "learned"))
+  made = ordered(manifest["files"], ("plain", "learned"))
   per_class = results.get("generated", {}).get("per_class", {})
   columns = min(settings.images_per_class, manifest["images"])
   side = max(1, columns // 2)  # real pictures get half the columns, in as many rows
   rows = []
   for name, label in names.items():
     strips = [strip([images.read_png(folder / path) for path in paths[name][:columns]], columns, source, name,
-                    settings.thumbnail) for source, paths in files.items()]
-    real_nhwc = real.images_nhwc[real.labels_n == label][:side * len(files)]
+                    settings.thumbnail) for source, paths in made.items()]
+    real_nhwc = real.images_nhwc[real.labels_n == label][:side * len(made)]
     rows.append(tag("article", tag("div", tag("h3", name), agreement_table(per_class.get(name, {}))),
                     tag("div", *strips), strip(real_nhwc, side, "real", name, settings.thumbnail),
                     class_="pair"))
-  head = tag("div", tag("span"), page.legend(*((source, SOURCES[source]) for source in files)),
+  head = tag("div", tag("span"), page.legend(*((source, SOURCES[source]) for source in made)),
              page.legend(("real", "real test pictures, for the eye only")), class_="pair head")
   return page.section(
     "pictures", "Plain and learnt on the same noise", "Pictures above one another start from the same noise, "
@@ -295,7 +278,7 @@ def token_map(ws: Workspace) -> Html | None:
 def loss_curves(ws: Workspace) -> Html | None:
   """A small panel per class, those of a task on one scale; validation classes folded away."""
   paths = {task: ws.folder("tokens") / f"{task}_curves.json" for task in TOKENS}
-  found = {task: ordered(checkpoint.read_json(path), ws.dataset.names) for task, path in paths.items()
+  found = {task: ordered(files.read_json(path), ws.dataset.names) for task, path in paths.items()
            if path.exists()}
   panels = {}
   for task, curves in found.items():
