@@ -69,7 +69,7 @@ class Script:
     self.update = jax.jit(functools.partial(class_tokens.update, settings, class_tokens.optimiser(settings)))
     self.losses_ku = jnp.array(losses, jnp.float32)
     self.accuracies_ku = jnp.zeros_like(self.losses_ku) if accuracies is None else jnp.array(accuracies)
-    self.calls, self.width = 0, settings.slots_per_body
+    self.calls, self.idle = 0, -settings.slots % settings.slots_per_body
 
   def frozen(self, task):
     return None
