@@ -14,12 +14,6 @@ from flax import nnx
 from digzsl_jax.models import layers
 
 
-def _known_fields(kind: type, config: Mapping) -> dict:
-  """The fields of `kind` that `config` sets; a null there means the default, as in transformers."""
-  names = [field.name for field in dataclasses.fields(kind)]
-  return {name: config[name] for name in names if config.get(name) is not None}
-
-
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
   """What the text tower needs of a `config.json`; the defaults are those of transformers."""
@@ -36,7 +30,7 @@ class TextConfig:
 
   @classmethod
   def from_json(cls, config: Mapping) -> "TextConfig":
-    return cls(**_known_fields(cls, config))
+    return cls(**layers.known_fields(cls, config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +49,7 @@ class VisionConfig:
 
   @classmethod
   def from_json(cls, config: Mapping) -> "VisionConfig":
-    return cls(**_known_fields(cls, config))
+    return cls(**layers.known_fields(cls, config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +68,7 @@ class CLIPConfig:
       twin = config.get(f"{name}_dict")
       return twin if twin is not None else config.get(name) or {}
 
-    fields = _known_fields(cls, config)
+    fields = layers.known_fields(cls, config)
     fields["text_config"] = TextConfig.from_json(section("text_config"))
     fields["vision_config"] = VisionConfig.from_json(section("vision_config"))
     return cls(**fields)

@@ -106,6 +106,12 @@ def split_heads(x_bld: jax.Array, heads: int) -> jax.Array:
   return x_bld.reshape(*x_bld.shape[:-1], heads, x_bld.shape[-1] // heads)
 
 
+def known_fields(config_type, config: Mapping) -> dict:
+  """The fields of the dataclass that `config` sets; a null there means the default, as in transformers."""
+  names = [field.name for field in dataclasses.fields(config_type)]
+  return {name: config[name] for name in names if config.get(name) is not None}
+
+
 def read_config(config_type, config: Mapping, what: str):
   """A config dataclass from the fields of a parsed JSON object that it knows, lists as tuples.
 

@@ -31,8 +31,7 @@ class ViTConfig:
 
   @classmethod
   def from_json(cls, config: Mapping) -> "ViTConfig":
-    names = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{name: config[name] for name in names if config.get(name) is not None})
+    return cls(**layers.known_fields(cls, config))
 
 
 class PatchEmbeddings(nnx.Module):

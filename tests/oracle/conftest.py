@@ -6,3 +6,23 @@ import pytest
 @pytest.fixture(autouse=True)
 def seeded():
   pytest.importorskip("torch").manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def reference(request, tmp_path_factory):
+  """`reference(name) -> (model, its folder)`: the module's REFERENCE with its CONFIGS[name] and random weights,
+  perturbed so that no parameter is a neutral 0 or 1."""
+  torch = pytest.importorskip("torch")
+  base, made = tmp_path_factory.mktemp("references"), {}
+
+  def reference(name):
+    if name not in made:
+      torch.manual_seed(0)
+      model = request.module.REFERENCE(**request.module.CONFIGS[name]).eval()
+      with torch.no_grad():
+        for parameter in model.parameters():
+          parameter += 0.02 * torch.randn_like(parameter)
+      model.save_pretrained(base / name)
+      made[name] = model, base / name
+    return made[name]
+  return reference

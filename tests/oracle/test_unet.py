@@ -23,24 +23,7 @@ CONFIGS = {
                   norm_eps=1e-3, in_channels=5, norm_num_groups=16),
   "deep15": dict(DEEP, attention_head_dim=8),
   "deep21": dict(DEEP, layers_per_block=1, attention_head_dim=[1, 2, 4, 8], use_linear_projection=True)}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-  base, made = tmp_path_factory.mktemp("unets"), {}
-
-  def reference(name):
-    """The reference, perturbed so that no parameter is a neutral 0 or 1, and its folder."""
-    if name not in made:
-      torch.manual_seed(0)
-      model = diffusers.UNet2DConditionModel(**CONFIGS[name]).eval()
-      with torch.no_grad():
-        for parameter in model.parameters():
-          parameter += 0.02 * torch.randn_like(parameter)
-      model.save_pretrained(base / name)
-      made[name] = model, base / name
-    return made[name]
-  return reference
+REFERENCE = diffusers.UNet2DConditionModel  # for the fixture `reference`
 
 
 def inputs(config: dict, height: int, width: int):

@@ -24,24 +24,7 @@ CONFIGS = {
                  latent_channels=3, scaling_factor=0.7)}
 FILE = "diffusion_pytorch_model.safetensors"
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-  base, made = tmp_path_factory.mktemp("vaes"), {}
-
-  def reference(name):
-    """The reference, perturbed so that no parameter is a neutral 0 or 1, and its folder."""
-    if name not in made:
-      torch.manual_seed(0)
-      model = diffusers.AutoencoderKL(**CONFIGS[name]).eval()
-      with torch.no_grad():
-        for parameter in model.parameters():
-          parameter += 0.02 * torch.randn_like(parameter)
-      model.save_pretrained(base / name)
-      made[name] = model, base / name
-    return made[name]
-  return reference
+REFERENCE = diffusers.AutoencoderKL  # for the fixture `reference`
 
 
 def to_torch(x_bhwc):
