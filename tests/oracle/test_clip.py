@@ -67,6 +67,7 @@ def _close(ours, theirs):
   ours, theirs = np.asarray(ours), theirs.detach().numpy()
   assert ours.shape == theirs.shape
   assert np.abs(theirs).max() > 1e-3
+  print(f"clip: {np.abs(ours - theirs).max():.1e} of {np.abs(theirs).max():.1f}")
   assert np.abs(ours - theirs).max() <= 1e-5
 
 

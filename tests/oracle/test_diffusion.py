@@ -55,6 +55,7 @@ def check(scheduler, steps, sampler):
       carries.append(sampler.run(denoise, carries[-1], call, call + 1))
   assert timesteps == scheduler.timesteps.tolist() == sampler.timesteps.tolist()
   ours = np.stack([carry.x_bhwz for carry in carries])
+  print(f"trajectory: {np.abs(ours - np.stack(expected)).max():.1e} of {np.abs(ours).max():.1f}")
   np.testing.assert_allclose(ours, np.stack(expected), rtol=0, atol=1e-5)
 
 
