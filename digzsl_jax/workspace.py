@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, losses, mesh
-from digzsl_jax.data import prompts, splits, tokenizer
+from digzsl_jax.data import datasets, prompts, splits, tokenizer
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, clip, hub, judge, stable_diffusion
 
@@ -132,7 +132,7 @@ class Workspace:
 
   @functools.cached_property
   def dataset(self) -> splits.Dataset:
-    dataset = splits.load(self.config["data"])
+    dataset = datasets.load(self.config["data"])
     self.log.say(splits.summary(dataset))
     return dataset
 

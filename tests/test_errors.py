@@ -9,7 +9,7 @@ import safetensors.numpy
 
 from digzsl_jax import logs
 from digzsl_jax import main as command
-from digzsl_jax.data import fashion_mnist, images, splits
+from digzsl_jax.data import datasets, fashion_mnist, images
 from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import parse
 
@@ -51,7 +51,7 @@ def test_missing_data_folder(tmp_path):
 
 
 def test_class_in_both_lists():
-  dataset = splits.load({"name": "scenes", "train_per_class": 4, "test_per_class": 1})
+  dataset = datasets.load({"name": "scenes", "train_per_class": 4, "test_per_class": 1})
   twice = dataset.seen[0]
   with pytest.raises(ValueError, match=dataset.names[twice]):
     dataclasses.replace(dataset, unseen=(*dataset.unseen, twice))

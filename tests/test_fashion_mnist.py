@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from digzsl_jax.data import fashion_mnist, splits
+from digzsl_jax.data import datasets, fashion_mnist, splits
 
 
 def _write_idx(path: pathlib.Path, array: np.ndarray) -> None:
@@ -52,7 +52,7 @@ def test_load_takes_training_and_test_images_from_their_own_files(folder):
     assert not part.images_nhwc[:, :2].any() and not part.images_nhwc[:, :, -2:].any()
     for image in part.images_nhwc:
       assert (image[2:30, 2:30, :1].tobytes() in test_bytes) == from_test
-  again = splits.load({"name": "fashion_mnist", "folder": str(folder), "train_per_class": 5,
+  again = datasets.load({"name": "fashion_mnist", "folder": str(folder), "train_per_class": 5,
                        "test_per_class": 4, "seed": 1})
   assert splits.fingerprint(again) == splits.fingerprint(data)
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from digzsl_jax.data import prompts, splits
+from digzsl_jax.data import datasets, prompts, splits
 
 
 def _images(labels, seed: int = 0) -> splits.LabelledImages:
@@ -98,12 +98,12 @@ def test_summary_counts():
 
 
 def test_load_dispatches_and_names_unknown_settings():
-  data = splits.load({"name": "scenes", "world": 2, "train_per_class": 4, "test_per_class": 1, "size": 8})
+  data = datasets.load({"name": "scenes", "world": 2, "train_per_class": 4, "test_per_class": 1, "size": 8})
   assert data.name == "scenes2" and data.train.images_nhwc.shape == (144, 8, 8, 3)
   with pytest.raises(ValueError, match='"imagenet": choose one of scenes, fashion_mnist'):
-    splits.load({"name": "imagenet"})
+    datasets.load({"name": "imagenet"})
   with pytest.raises(ValueError, match='scenes has no setting "wrold"; it has world'):
-    splits.load({"name": "scenes", "wrold": 1})
+    datasets.load({"name": "scenes", "wrold": 1})
 
 
 def test_prompts():

@@ -5,8 +5,6 @@ Shapes: n image, h w pixel, c colour channel (RGB).
 
 import dataclasses
 import hashlib
-import inspect
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -150,28 +148,6 @@ def summary(dataset: Dataset) -> str:
   height, width = dataset.train.images_nhwc.shape[1:3]
   return (f"{dataset.name}: {len(dataset.seen)} seen classes ({len(dataset.validation)} of them for validation), "
           f"{len(dataset.unseen)} unseen; images of {height}x{width} pixels: {counts}")
-
-
-def load(settings: Mapping) -> Dataset:
-  """The data set `settings["name"]`, "scenes" or "fashion_mnist"; the other settings go to its `load`.
-
-  Raises:
-    ValueError: an unknown name or setting.
-  """
-  from digzsl_jax.data import fashion_mnist, scenes  # they import this module
-  loaders = {"scenes": scenes.load, "fashion_mnist": fashion_mnist.load}
-  arguments = dict(settings)
-  name = arguments.pop("name", None)
-  if name not in loaders:
-    raise ValueError(f'data set name is "{name}": choose one of {", ".join(loaders)}')
-  known = inspect.signature(loaders[name]).parameters
-  unknown = [key for key in arguments if key not in known]
-  if unknown:
-    raise ValueError(f'data set {name} has no setting "{unknown[0]}"; it has {", ".join(known)}')
-  for field, least in (("train_per_class", 1), ("test_per_class", 1), ("seed", 0)):
-    if arguments.get(field, least) < least:
-      raise ValueError(f"config.data.{field} is {arguments[field]}; it must be at least {least}")
-  return loaders[name](**arguments)
 
 
 def _check_images(dataset: Dataset, sets) -> None:
