@@ -1,5 +1,6 @@
 """Command line: `python -m digzsl_jax.main --config=configs/quickstart.py --workdir=DIR [--config.x.y=z]`."""
 
+import logging
 import os
 import pathlib
 import sys
@@ -69,14 +70,20 @@ METHODS = {"dig_zsl": dig_zsl, "pretrain": pretrain.run}
 def read_flags(arguments: list[str]) -> list[str]:
   """Parses the command line; a wrong setting or config file is answered by one line."""
   try:
-    return app.parse_flags_with_usage(arguments)
+    rest = app.parse_flags_with_usage(arguments)
+    CONFIG.value.to_dict()  # a file that could not be loaded is reported only when it is used
+    return rest
   except (AttributeError, KeyError, OSError) as error:
-    sys.exit("error: " + " ".join(str(error.args[0] if error.args else error).split()))
+    while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyErrors
+      error = error.args[0]
+    what = "" if isinstance(error, OSError) else "the config has no field "
+    sys.exit(f"error: {what}" + " ".join(str(error.args[0] if error.args else error).split()))
 
 
 def main(arguments: list[str]) -> None:
   if arguments[1:]:
     sys.exit(f"error: {arguments[1:]} not understood; settings are written --config.section.field=value")
+  logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not that there is no TPU
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}").expanduser()
   config = CONFIG.value.to_dict()

@@ -1,4 +1,9 @@
-"""The command line's dry run."""
+"""The command line: what it refuses, and its dry run."""
+
+import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -13,4 +18,18 @@ def test_dry_run_prints_costs_and_makes_nothing(tiny_config, tmp_path, capsys):
   for step in ("prefix", "learn", "sample", "all steps"):
     assert f"  {step}: " in printed
   assert "sd.unet" in printed and printed.count("GFLOP") == 5
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, said", [
+  (["--config=configs/quickstar.py"], "error: .*No such file or directory: 'configs/quickstar.py'"),
+  (["--config=configs/quickstart.py", "--config.cmd.steps=3"], "error: the config has no field 'cmd'"),
+  (["--config=configs/quickstart.py", "config.seed=3"], r"error: \['config.seed=3'\] not understood")])
+def test_one_line_for_a_wrong_command(arguments, said, tmp_path):
+  root = pathlib.Path(__file__).parent.parent
+  done = subprocess.run([sys.executable, "-m", "digzsl_jax.main", f"--workdir={tmp_path}", *arguments], cwd=root,
+                        capture_output=True, text=True)
+  assert done.returncode == 1
+  [line] = done.stderr.splitlines()
+  assert re.match(said, line)
   assert not list(tmp_path.iterdir())
