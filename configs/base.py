@@ -58,12 +58,12 @@ def dig_zsl() -> config_dict.ConfigDict:
                learning_rate=1e-3, weight_decay=0.0),
       tokens=dict(
           template="a photo of {token} {name}", initial="a",
-          gradient="x0", sampler="ddim", steps=4, grad_calls=0, x0_timestep=600, guidance=4.0,
-          stop_unconditional=True, images=4, learning_rate=0.03, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
-          noise_period=1, stop_accuracy=1.0, patience=15, max_updates=40,
+          gradient="x0", sampler="ddim", steps=3, grad_calls=0, x0_timestep=600, guidance=4.0,
+          stop_unconditional=True, images=3, learning_rate=0.03, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
+          noise_period=1, stop_accuracy=1.0, patience=30, max_updates=30,
           slots=12, slots_per_body=12, check_every=10, remat=False),
-      generate=dict(images=32, sampler="dpm++", steps=12, guidance=4.0, batch=64),
-      classifier=dict(features="all", hidden=0, images=32, steps=300, learning_rate=0.01, weight_decay=1e-4),
+      generate=dict(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=64),
+      classifier=dict(features="all", hidden=0, images=24, steps=300, learning_rate=0.01, weight_decay=1e-4),
       evaluate=dict(lambdas=101),
       report=dict(images_per_class=8, thumbnail=48, published=()),
   ).lock()

@@ -28,6 +28,8 @@ COLUMNS = {  # title: path in results.json
     "plain SD CDM agr.": "generated.plain_sd_cdm_agreement",
     "judge agr.": "generated.judge_agreement",
     "plain SD judge agr.": "generated.plain_sd_judge_agreement",
+    "judge pair agr.": "generated.judge_pair_agreement",
+    "plain SD judge pair agr.": "generated.plain_sd_judge_pair_agreement",
     "CDM prototype T1": "baselines.cdm_prototype.czsl.T1",
     "CDM prototype H": "baselines.cdm_prototype.gzsl.H",
     "CLIP zero-shot T1": "baselines.clip_zero_shot.czsl.T1",
