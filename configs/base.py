@@ -59,7 +59,7 @@ def dig_zsl() -> config_dict.ConfigDict:
       tokens=dict(
           template="a photo of {token} {name}", initial="a",
           gradient="x0", sampler="ddim", steps=3, grad_calls=0, x0_timestep=600, guidance=4.0,
-          stop_unconditional=True, images=3, learning_rate=0.03, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
+          stop_unconditional=True, images=3, learning_rate=0.015, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
           noise_period=1, stop_accuracy=1.0, patience=30, max_updates=30,
           slots=12, slots_per_body=12, check_every=10, remat=False),
       generate=dict(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=64),
