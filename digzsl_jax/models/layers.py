@@ -7,6 +7,7 @@ Shapes: b batch, l m positions, h heads, d width of one head or of the model, i 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -31,7 +32,31 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding=Non
   pad = kernel // 2 if padding is None else padding
   pads = ((pad, pad),) * 2 if isinstance(pad, int) else tuple(pad)
   return nnx.Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=pads, use_bias=bias,
-                  dtype=dtype, rngs=rngs)
+                  conv_general_dilated=convolve, dtype=dtype, rngs=rngs)
+
+
+def convolve(x_bijc: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
+  """`jax.lax.conv_general_dilated` with a gradient that is fast on a CPU inside loops and conditions too.
+
+  There XLA:CPU leaves the kernel of JAX's own gradient in a layout (outputs before inputs) that it has no
+  fast code for; outside it would turn it round. So here it is turned round by hand.
+  """
+  plain = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
+  if any(stride != 1 for stride in strides):
+    return plain(x_bijc, kernel, padding=padding)
+
+  @jax.custom_vjp
+  def unit(x_bijc, kernel):
+    return plain(x_bijc, kernel, padding=padding)
+
+  def backward(saved, grad_bijc):
+    x_bijc, kernel = saved
+    pads = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape, padding)]
+    to_kernel = jax.linear_transpose(lambda kernel: plain(x_bijc, kernel, padding=padding), kernel)
+    return plain(grad_bijc, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), padding=pads), to_kernel(grad_bijc)[0]
+
+  unit.defvjp(lambda x_bijc, kernel: (unit(x_bijc, kernel), (x_bijc, kernel)), backward)
+  return unit(x_bijc, kernel)
 
 
 class GroupNorm(nnx.GroupNorm):

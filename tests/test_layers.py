@@ -1,0 +1,43 @@
+"""Layers whose computation is not JAX's own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from digzsl_jax.models import layers
+
+DIMENSIONS = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
+
+
+def both(size, stride, pads):
+  """Gradients by (input, kernel) of ours and of JAX's convolution."""
+  rng = np.random.default_rng(0)
+  x_bijc, kernel = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 7, 6, 3), (size, size, 3, 5)))
+
+  def gradients(convolve):
+    def loss(x_bijc, kernel):
+      return jnp.sin(convolve(x_bijc, kernel, (stride, stride), pads, dimension_numbers=DIMENSIONS)).sum()
+    return jax.grad(loss, (0, 1))(x_bijc, kernel)
+
+  return gradients(layers.convolve), gradients(jax.lax.conv_general_dilated)
+
+
+@pytest.mark.parametrize("size, stride, pads", [
+  (3, 1, ((1, 1), (1, 1))), (1, 1, ((0, 0), (0, 0))), (3, 1, ((0, 1), (2, 0))), (3, 2, ((0, 1), (0, 1)))])
+def test_gradients_of_a_convolution(size, stride, pads):
+  for ours, theirs in zip(*both(size, stride, pads)):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_gradient_in_a_loop_keeps_the_kernel_in_the_fast_layout():
+  def loop(convolve, x_bijc, kernel, turns):
+    out = lambda x_bijc: convolve(x_bijc, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=DIMENSIONS)
+    loss = lambda x_bijc: jnp.sin(out(x_bijc)).sum()
+    return jax.lax.fori_loop(0, turns, lambda turn, x_bijc: jax.grad(loss)(x_bijc), x_bijc)
+
+  arguments = jnp.zeros((2, 8, 8, 4)), jnp.zeros((3, 3, 4, 4)), jnp.int32(1)
+  text = jax.jit(functools.partial(loop, layers.convolve)).lower(*arguments).compile().as_text()
+  assert text.count(" convolution(") == 2 and "01io" in text and "01oi" not in text
