@@ -1,4 +1,4 @@
-"""What a run can go on from after a kill: atomic files, fingerprints, and the folder of one stage."""
+"""What a run can go on from after a kill: saved states, fingerprints, and the folders of its stages."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -53,9 +53,8 @@ def load_state(path: os.PathLike, like: Any) -> Any | None:
 
 
 def fingerprint(value: Any) -> str:
-  """Short sha256 of a JSON-like value or of bytes."""
-  data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True, default=str).encode()
-  return hashlib.sha256(data).hexdigest()[:16]
+  """Short sha256 of a JSON-like value."""
+  return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint_folder(folder: os.PathLike) -> str:
@@ -144,3 +143,30 @@ class Stage:
 
   def results(self) -> dict[str, Any]:
     return read_json(self.folder / "done.json")
+
+
+def choose(asked: Iterable[str], known: Iterable[str]) -> list[str]:
+  """The stages that were asked for, in the order of `known`.
+
+  Raises:
+    ValueError: one that is not known.
+  """
+  asked, known = set(asked), list(known)
+  if unknown := sorted(asked - set(known)):
+    raise ValueError(f"config.stages: {unknown} unknown; choose among {known}")
+  return [name for name in known if name in asked]
+
+
+def claim(stages: Mapping[str, Stage], needs: Mapping[str, tuple[str, ...]], asked: Iterable[str]) -> None:
+  """Takes the folders of the stages that were asked for, before anything is made.
+
+  Raises:
+    ValueError: a folder was made from other inputs, or a needed stage is neither asked for nor finished.
+  """
+  asked = list(asked)
+  for name in asked:
+    for need in needs[name]:
+      if need not in asked:
+        stages[need].require()
+  for name in asked:
+    stages[name].claim()

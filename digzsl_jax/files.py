@@ -1,4 +1,4 @@
-"""Writing a file so that a reader finds the old one or the whole new one, never a part."""
+"""Files that a reader finds old or wholly new, never in part; and JSON, read and written in one way."""
 
 import json
 import os

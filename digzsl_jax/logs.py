@@ -75,12 +75,12 @@ def devices(used: Iterable[jax.Device]) -> str:
   return f"{len(used)} x {', '.join(sorted({device.device_kind for device in used}))}"
 
 
-def parameter_table(modules: Mapping[str, nnx.Module], depth: int = 2) -> str:
-  """Parameter counts by module, `depth` levels deep."""
+def parameter_table(modules: Mapping[str, nnx.Module]) -> str:
+  """Parameter counts of modules and of their parts."""
   counts: dict[str, int] = {}
   for name, module in modules.items():
     for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-      for level in range(depth):
+      for level in range(2):
         key = ".".join([name, *map(str, path[:-1])][:level + 1])
         if level < len(path):
           counts[key] = counts.get(key, 0) + math.prod(leaf.shape)

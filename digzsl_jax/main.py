@@ -1,5 +1,6 @@
 """Command line: `python -m digzsl_jax.main --config=configs/quickstart.py --workdir=DIR [--config.x.y=z]`."""
 
+import functools
 import logging
 import os
 import pathlib
@@ -9,7 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from digzsl_jax import logs
+from digzsl_jax import checkpoint, logs
 from digzsl_jax.runs import cdm, class_tokens, classifier, evaluate, generate, pretrain, report
 from digzsl_jax.workspace import Workspace, parse
 
@@ -32,25 +33,25 @@ def dig_zsl(config: dict, workdir: pathlib.Path, log: logs.Log, dry_run: bool) -
   """
   if wrong := set(config) ^ (SHARED | set(STAGES)):
     raise ValueError(f"config has unknown or lacks sections {sorted(wrong)}; known are {sorted(SHARED | set(STAGES))}")
-  if unknown := set(config["stages"]) - set(STAGES):
-    raise ValueError(f"config.stages: {sorted(unknown)} unknown; choose among {list(STAGES)}")
+  asked = {name: STAGES[name] for name in checkpoint.choose(config["stages"], STAGES)}
   settings = {name: parse(module.Settings, config[name], name) for name, module in STAGES.items()}
   ws = Workspace(config, workdir, log)
   stages = {name: ws.stage(name, module.NEEDS, module.MODELS) for name, module in STAGES.items()}
-  asked = {name: module for name, module in STAGES.items() if name in config["stages"]}
   for name, module in asked.items():
-    getattr(module, "validate", lambda *_: None)(settings[name], ws)
+    try:
+      getattr(module, "validate", lambda *_: None)(settings[name], ws)
+    except ValueError as error:
+      raise ValueError(f"config.{name}: {error}") from error
   if dry_run:
     print_costs(asked, settings, ws)
     return
-  for name in asked:
-    stages[name].claim()
+  checkpoint.claim(stages, {name: module.NEEDS for name, module in STAGES.items()}, asked)
   logs.write_provenance(workdir, config)
   for name, module in asked.items():
     if stages[name].done and getattr(module, "complete", lambda *_: True)(ws, stages[name].folder):
       log.say(f"{name}: already there")
       continue
-    stages[name].make(lambda module=module, name=name: module.run(settings[name], ws, stages[name].folder))
+    stages[name].make(functools.partial(module.run, settings[name], ws, stages[name].folder))
     log.say(f"{name}: {stages[name].results()['seconds']} s")
 
 

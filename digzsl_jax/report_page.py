@@ -329,6 +329,8 @@ def free_place(x: float, y: float, name: str, taken: Sequence[Box], width: float
 def tsne(points_nd: np.ndarray, perplexity: float, steps: int = 1000) -> np.ndarray:
   """Exact t-SNE (van der Maaten & Hinton, JMLR 2008), deterministic: it starts from two principal components.
 
+  Written here because the alternative, scikit-learn, would be a large run-time dependency for one picture.
+
   Returns:
     Positions `[n, 2]`; all zero where the points do not differ.
   """

@@ -80,17 +80,22 @@ class ModelSettings:
 
 @dataclasses.dataclass
 class Workspace:
-  """Lazily loaded, so that a stage which is skipped costs nothing.
+  """Models are loaded when they are first used, so that a run whose stages are all there loads none.
 
   Attributes:
     config: the resolved config, sections by stage name beside `seed`, `data`, `models`, `mesh`.
-    stages: the stages that ran or were skipped before this one, by name.
+    stages: every stage of the method, by name, whether it runs or not.
+    mesh: the devices.
   """
 
   config: Mapping[str, Any]
   workdir: pathlib.Path
   log: Log
   stages: dict[str, checkpoint.Stage] = dataclasses.field(default_factory=dict)
+  mesh: jax.sharding.Mesh = dataclasses.field(init=False)
+
+  def __post_init__(self):
+    self.mesh = mesh.make(self.config["mesh"]["devices"])
 
   def stage(self, name: str, needs: tuple[str, ...], models: tuple[str, ...]) -> checkpoint.Stage:
     """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""
@@ -127,10 +132,6 @@ class Workspace:
     return splits.fingerprint(self.dataset)[:16]
 
   @functools.cached_property
-  def mesh(self) -> jax.sharding.Mesh:
-    return mesh.make(self.config["mesh"]["devices"])
-
-  @functools.cached_property
   def dataset(self) -> splits.Dataset:
     dataset = datasets.load(self.config["data"])
     self.log.say(splits.summary(dataset))
@@ -162,10 +163,11 @@ class Workspace:
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "sd") / "tokenizer")
 
-  def token_prompts(self, task: splits.Task, template: str, initial: str) -> tuple[np.ndarray, np.ndarray]:
+  def token_prompts(self, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
     """Prompt ids `[k, l]` of the task's unseen classes, the initial word at the token's place, and that place."""
+    template, initial = self.config["tokens"]["template"], self.config["tokens"]["initial"]
     names = [prompts.class_name(self.dataset.names[label]) for label in task.unseen]
-    encoded = [self.sd_tokenizer.encode_with_slot(template, name, initial=initial) for name in names]
+    encoded = [self.sd_tokenizer.encode_with_slot(template, name, initial) for name in names]
     ids_kl, slot_k = map(np.array, zip(*encoded))
     return ids_kl, slot_k
 
@@ -209,7 +211,7 @@ class Workspace:
   @functools.cached_property
   def prototypes_kd(self) -> np.ndarray:
     """Unit CLIP text embeddings of all class names, rows in the order of `dataset.names`."""
-    texts = prompts.prompts(self.models.prototype_template, self.dataset.names)
+    texts = [prompts.prompt(self.models.prototype_template, name) for name in self.dataset.names]
     graphdef, params = nnx.split(self.clip)
     encode = jax.jit(lambda params, ids: losses.normalise(nnx.merge(graphdef, params).encode_text(ids)[0]))
     return np.asarray(encode(params, jnp.asarray(self.clip_tokenizer(texts))))

@@ -8,7 +8,10 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -20,6 +23,12 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def pytest_collection_modifyitems(items):
+  # Files go to processes whole (--dist=loadfile): the long ones first, so that none is left alone at the end.
+  slow = {item.path for item in items if item.get_closest_marker("slow")}
+  items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_pretraining():
   """Pre-training of the smallest models of useful size."""
@@ -29,10 +38,26 @@ def tiny_pretraining():
   config.vae.model.block_out_channels = (8, 8, 8)
   config.clip.vision.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1, patch_size=8)
   config.clip.text.update(hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-  config.sd.unet.update(block_out_channels=(16,), down_block_types=("CrossAttnDownBlock2D",),
-                        up_block_types=("CrossAttnUpBlock2D",))
+  config.sd.unet.update(block_out_channels=(16,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
   config.judge.model.width = 8
   return config
+
+
+def random_model(model_type, config, seed):
+  """In place of `loop.build`: compiling JAX's initialisers would take most of a minute."""
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: model_type.from_json(config, rngs=nnx.Rngs(seed))))
+  rng = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    weights = rng.normal(size=leaf.shape) / np.sqrt(max(np.prod(leaf.shape[:-1]), 1))
+    return jnp.asarray(1 + 0.1 * weights if "scale" in jax.tree_util.keystr(path) else weights, leaf.dtype)
+  return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, state))
+
+
+@pytest.fixture
+def quick_build(monkeypatch):
+  from digzsl_jax import loop
+  monkeypatch.setattr(loop, "build", random_model)
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +66,7 @@ def tiny_world(tiny_pretraining, tmp_path_factory):
   from digzsl_jax import logs, loop
   from digzsl_jax.runs import pretrain
   monkeypatch = pytest.MonkeyPatch()
+  monkeypatch.setattr(loop, "build", random_model)
   monkeypatch.setattr(loop.Loop, "run", lambda training, *arguments: (training.model, {}))
   monkeypatch.setattr(pretrain, "plain_agreement",
                       lambda *arguments: {"plain_exact_agreement": 0.0, "plain_pair_agreement": 0.0})

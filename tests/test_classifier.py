@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import checkpoint, files
+from digzsl_jax import checkpoint, files, logs
 from digzsl_jax.data import images, splits
 from digzsl_jax.models import cdm, hub
 from digzsl_jax.models.classifier import Classifier
@@ -46,13 +46,7 @@ def write_generated(folder, task, rng, count=5):
         images.write_png(folder / path, image)
       made[source][NAMES[label]] = paths
   files.write_json(folder / "manifest.json", {"images": count, "files": made,
-                                                   "classes": [NAMES[label] for label in task.unseen]})
-
-
-class Bar(list):
-  update = list.append
-  __enter__ = lambda self: self
-  __exit__ = lambda self, *error: None
+                                              "classes": [NAMES[label] for label in task.unseen]})
 
 
 @pytest.fixture
@@ -65,10 +59,8 @@ def world(tmp_path, monkeypatch):
   write_generated(tmp_path / "generate" / "test", task, np.random.default_rng(1))
   monkeypatch.setattr(cdm, "batched", lambda *arguments: lambda nijc: nijc.mean((1, 2)).astype(np.float32))
   dataset = types.SimpleNamespace(names=NAMES)
-  log = types.SimpleNamespace(say=lambda text: None, progress=lambda total, name: Bar())
-  return types.SimpleNamespace(config={"cdm": {"encoder": "clip"}}, clip=None, log=log, seed=0,
-                               tasks={"test": task}, cdm_encoder=types.SimpleNamespace(width=3),
-                               dataset=dataset, folder=lambda name: tmp_path / name)
+  return types.SimpleNamespace(log=logs.Log(tmp_path), seed=0, tasks={"test": task}, dataset=dataset,
+                               cdm_encoder=types.SimpleNamespace(width=3), folder=lambda name: tmp_path / name)
 
 
 def test_stage_learns_from_each_source_its_own_classes(world, tmp_path):

@@ -53,7 +53,7 @@ def test_load_takes_training_and_test_images_from_their_own_files(folder):
     for image in part.images_nhwc:
       assert (image[2:30, 2:30, :1].tobytes() in test_bytes) == from_test
   again = datasets.load({"name": "fashion_mnist", "folder": str(folder), "train_per_class": 5,
-                       "test_per_class": 4, "seed": 1})
+                         "test_per_class": 4, "seed": 1})
   assert splits.fingerprint(again) == splits.fingerprint(data)
 
 

@@ -11,7 +11,6 @@ from digzsl_jax import logs
 from digzsl_jax import main as command
 
 
-@pytest.mark.slow
 def test_dry_run_prints_costs_and_makes_nothing(tiny_config, tmp_path, capsys):
   command.dig_zsl(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path), True)
   printed = capsys.readouterr().out
@@ -24,6 +23,8 @@ def test_dry_run_prints_costs_and_makes_nothing(tiny_config, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, said", [
   (["--config=configs/quickstar.py"], "error: .*No such file or directory: 'configs/quickstar.py'"),
   (["--config=configs/quickstart.py", "--config.cmd.steps=3"], "error: the config has no field 'cmd'"),
+  (["--config=configs/pretrain_scenes.py", "--config.vae.training.stepss=3"],
+   "error: the config has no field 'stepss'"),
   (["--config=configs/quickstart.py", "config.seed=3"], r"error: \['config.seed=3'\] not understood")])
 def test_one_line_for_a_wrong_command(arguments, said, tmp_path):
   root = pathlib.Path(__file__).parent.parent

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from digzsl_jax import checkpoint, logs, loop
+from digzsl_jax.models import cdm
 from digzsl_jax.runs import pretrain
 
 
@@ -42,7 +43,13 @@ def test_resume_is_exact(tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, nnx.state(whole), nnx.state(resumed))
 
 
-def test_dry_run_prints_the_cost_of_every_part(tiny_pretraining, tmp_path, capsys, monkeypatch):
+def test_compiled_initialisation_is_the_plain_one():
+  config = dict(kind="mlp", width=5, hidden=4, outputs=3)
+  built, plain = loop.build(cdm.Head, config, 7), cdm.Head.from_json(config, rngs=nnx.Rngs(7))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), nnx.state(built), nnx.state(plain))
+
+
+def test_dry_run_prints_the_cost_of_every_part(tiny_pretraining, quick_build, tmp_path, capsys, monkeypatch):
   def compile(lowered):  # for real it would take a minute
     assert "stablehlo.convolution" in (text := lowered.as_text()) or "stablehlo.dot_general" in text
     return types.SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: {"flops": 1e9})

@@ -47,7 +47,7 @@ def fake_results(rng) -> dict:
     **entry(49.2, 46.0, 71.4, 0.42),
     "gzsl_oracle": {"U": 50.0, "S": 69.0, "H": 58.0, "lambda": 0.5, "lambda_chosen_on": "test (oracle)"},
     "baselines": {
-      "clip_zero_shot": {"T1": 60.2, "U": 41.0, "S": 60.0, "H": 48.7, "lambda": 0.2},
+      "clip_zero_shot": entry(60.2, 41.0, 60.0, 0.2),
       "cdm_prototype": residual, "cdm_prototype_residual": residual,
       "cdm_prototype_mlp": entry(80.5, 68.0, 80.0, 0.3),
       "plain_sd": plain, "real_images": entry(89.4, 84.0, 86.0, 0.1)},

@@ -51,7 +51,8 @@ def last_stage(folder):
 
 
 def test_killed_at_six_moments(tiny_config, tmp_path, monkeypatch):
-  tiny_config.tokens.update(slots=4, slots_per_body=4)  # three rounds of classes: refills are among the moments
+  # Three rounds of classes, so refills are among the moments.
+  tiny_config.tokens.update(slots=4, slots_per_body=4, learning_rate=0.03)
   tiny_config.mesh.devices = 1
   run(tiny_config, tmp_path / "whole")
   files, results = products(tmp_path / "whole")

@@ -178,6 +178,13 @@ def test_corpus_arguments_are_checked():
     scenes.web_corpus(1, 0, mixup=2)
 
 
+def test_pictures_of_the_corpus_in_target_style():
+  web, half, target = (scenes.web_corpus(40, 0, target_share=share)[0] for share in (0, 0.5, 1))
+  in_target_n = (half == target).all((1, 2, 3))
+  assert 10 < in_target_n.sum() < 30
+  np.testing.assert_array_equal(half, np.where(in_target_n[:, None, None, None], target, web))
+
+
 @pytest.mark.parametrize("world", range(9))
 def test_every_attribute_occurs_equally_often_in_every_list(world):
   lists = scenes.class_lists(world)

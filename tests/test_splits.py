@@ -108,21 +108,20 @@ def test_load_dispatches_and_names_unknown_settings():
 
 def test_prompts():
   assert prompts.prompt("a photo of a {name}", "American_Crow") == "a photo of a American Crow"
-  assert prompts.prompt("a photo of {token} {name}", "ant", "<s1>") == "a photo of <s1> ant"
-  assert prompts.prompts("{name}!", ["{x}", " b  c "]) == ["{x}!", "b c!"]
+  assert [prompts.prompt("{name}!", name) for name in ("{x}", " b  c ")] == ["{x}!", "b c!"]
 
 
 @pytest.mark.parametrize("template, token, message", [
-  ("a photo", None, r"must contain \{name\} once each.*it has no field"),
-  ("a {name} {name}", None, "must contain"),
-  ("a {token} {name}", None, r"it has \{token\}, \{name\}"),
-  ("a {name}", "<s>", r"must contain \{name\} and \{token\}"),
-  ("a {name", None, "braces enclose only"),
-  ("a {}", None, "must contain"),
+  ("a photo", False, r"must contain \{name\} once each.*it has no field"),
+  ("a {name} {name}", False, "must contain"),
+  ("a {token} {name}", False, r"it has \{token\}, \{name\}"),
+  ("a {name}", True, r"must contain \{name\} and \{token\}"),
+  ("a {name", False, "braces enclose only"),
+  ("a {}", False, "must contain"),
 ])
 def test_bad_templates_are_named(template, token, message):
   with pytest.raises(ValueError, match=message):
-    prompts.prompt(template, "ant", token)
+    prompts.check_template(template, token=token)
 
 
 def test_empty_class_name():

@@ -59,22 +59,19 @@ def test_words_that_cannot_be_one_token_are_named(tmp_path, word):
 
 
 def test_slot_takes_one_position(small):
-  ids_l, position = small.encode_with_slot("a photo of {token} {name}", "striped star")
+  ids_l, position = small.encode_with_slot("a photo of {token} {name}", "striped star", "a")
   assert position == 4
   assert ids_l.dtype == np.int32
   assert ids_l.tolist() == small(["a photo of a striped star"])[0].tolist()
-  ids_l, position = small.encode_with_slot("<> {name}", "bird", slot="<>", initial="cat")
+  ids_l, position = small.encode_with_slot("{token} {name}", "bird", "cat")
   assert (position, ids_l.tolist()) == (1, small(["cat bird"])[0].tolist())
 
 
 def test_slot_errors(small):
   with pytest.raises(ValueError, match="'zebra' is 5 tokens"):
-    small.encode_with_slot("{token} {name}", "bird", initial="zebra")
-  for template in ("a {name}", "{token} {token} {name}"):
-    with pytest.raises(ValueError, match="exactly once"):
-      small.encode_with_slot(template, "bird")
+    small.encode_with_slot("{token} {name}", "bird", "zebra")
   with pytest.raises(ValueError, match="position 10"):
-    small.encode_with_slot("{name} {token}", "bird " * 9)
+    small.encode_with_slot("{name} {token}", "bird " * 9, "a")
 
 
 def test_both_layouts_give_the_same_ids(tmp_path):

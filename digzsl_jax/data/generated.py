@@ -6,12 +6,12 @@ and class name the paths of its images relative to the manifest's folder.
 Shapes: n image, h w pixel, c colour channel (RGB).
 """
 
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from digzsl_jax import files
 from digzsl_jax.data import images
 
 
@@ -19,19 +19,14 @@ def read_manifest(folder: pathlib.Path, names: Sequence[str]) -> dict:
   """The manifest of a task's images, checked to hold every class of `names`.
 
   Raises:
-    ValueError: missing or damaged manifest, or a class with too few images.
+    ValueError: damaged manifest, or a class with too few images.
   """
   path = folder / "manifest.json"
-  try:
-    manifest = json.loads(path.read_text())
-    count, files = manifest["images"], manifest["files"]
-  except (OSError, ValueError, KeyError) as error:
-    raise ValueError(f"{path} is missing or damaged ({error!r}); delete {folder.parent} to generate "
-                     "again") from error
-  for source, of_source in files.items():
-    if lacking := [name for name in names if len(of_source.get(name, ())) != count]:
-      raise ValueError(f"{path} does not list {count} {source} images of {', '.join(lacking)}; delete "
-                       f"{folder.parent} to generate again")
+  manifest = files.read_json(path)
+  for source, of_source in manifest["files"].items():
+    if lacking := [name for name in names if len(of_source.get(name, ())) != manifest["images"]]:
+      raise ValueError(f"{path} does not list {manifest['images']} {source} images of {', '.join(lacking)}; delete "
+                       "it, and stage generate makes what is missing and writes it again")
   return manifest
 
 

@@ -1,23 +1,16 @@
 """Prompts: templates such as "a photo of a {name}" or "a photo of {token} {name}", and class names."""
 
 import string
-from collections.abc import Iterable
 
 
-def prompt(template: str, name: str, token: str | None = None) -> str:
-  """The template with class name and, for a token template, the token's placeholder filled in.
+def prompt(template: str, name: str) -> str:
+  """The template with the class name filled in.
 
   Raises:
     ValueError: as `check_template`; an empty name.
   """
-  check_template(template, token=token is not None)
-  spelled = class_name(name)
-  return template.format(name=spelled) if token is None else template.format(name=spelled, token=token)
-
-
-def prompts(template: str, names: Iterable[str], token: str | None = None) -> list[str]:
-  """`prompt` of each name, in order."""
-  return [prompt(template, name, token) for name in names]
+  check_template(template)
+  return template.format(name=class_name(name))
 
 
 def class_name(raw: str) -> str:

@@ -126,17 +126,18 @@ def web_corpus(n: int, seed: int, size: int = 32, mixup: float = 0.45,
   """
   if not 1 <= objects <= MAX_OBJECTS:
     raise ValueError(f"objects is {objects}: a scene holds 1 to {MAX_OBJECTS} objects")
-  if not 0 <= mixup <= 1:
-    raise ValueError(f"mixup is {mixup}: it is a probability, 0 to 1")
+  for name, value in (("mixup", mixup), ("target_share", target_share)):
+    if not 0 <= value <= 1:
+      raise ValueError(f"{name} is {value}: it is a probability, 0 to 1")
   rng = np.random.default_rng((seed, 1))
   classes_no = rng.permutation(np.arange(n * objects) % len(NAMES)).reshape(n, objects)
   counts_n = rng.permutation(np.arange(n) % objects) + 1
   attributes_noa = np.stack(attributes(classes_no), axis=-1)
   attributes_noa[np.arange(objects) >= counts_n[:, None]] = -1
   textures_no, colours_no, shapes_no = np.moveaxis(attributes_noa, -1, 0)
-  both = [render(shapes_no, colours_no, textures_no, seed=(seed, 2), style=style, size=size)[0]
-          for style in ("web", "target")]
-  images_nhwc = np.where(rng.random((n, 1, 1, 1)) < target_share, both[1], both[0])
+  paint = lambda style: render(shapes_no, colours_no, textures_no, seed=(seed, 2), style=style, size=size)[0]
+  in_target_n = rng.random((n, 1, 1, 1)) < target_share
+  images_nhwc = np.where(in_target_n, paint("target"), paint("web")) if in_target_n.any() else paint("web")
   phrases_no = _phrases(attributes_noa, _draws((seed, 2), 0, n), mixup, rng)
   captions = ["a photo of " + " and ".join(row[:count]) for row, count in zip(phrases_no, counts_n)]
   return images_nhwc, captions, attributes_noa[:, 0] if objects == 1 else attributes_noa

@@ -75,31 +75,27 @@ class Tokenizer:
     rows = [self._frame(self.ids(text)) for text in texts]
     return np.array(rows, np.int32).reshape(-1, self.length)
 
-  def encode_with_slot(self, template: str, name: str, slot: str = "{token}",
-                       initial: str = "a") -> tuple[np.ndarray, int]:
+  def encode_with_slot(self, template: str, name: str, initial: str) -> tuple[np.ndarray, int]:
     """Encodes a prompt in which one position is kept for a learnt class token.
 
     Args:
-      template: text with `slot` once and any number of `{name}`, as in "a photo of {token} {name}".
+      template: as `prompts.check_template` has it, "a photo of {token} {name}".
       name: class name.
-      slot: what stands for the learnt token.
-      initial: word whose embedding the learnt token starts from; its id is put at the slot.
+      initial: word whose embedding the learnt token starts from; its id is put at the token's place.
 
     Returns:
-      `(ids_l, position)`: int32 ids with start, end and padding, and the slot's place among them.
+      `(ids_l, position)`: int32 ids with start, end and padding, and the token's place among them.
 
     Raises:
-      ValueError: no or several slots, an `initial` of several tokens, a slot beyond the last position.
+      ValueError: an `initial` of several tokens, a token beyond the last position.
     """
-    if template.count(slot) != 1:
-      raise ValueError(f"the template {template!r} must contain {slot!r} exactly once")
     initial_ids = self.ids(initial)
     if len(initial_ids) != 1:
       raise ValueError(f"the initialiser {initial!r} is {len(initial_ids)} tokens; choose a word that is one")
-    before, after = (self.ids(part.replace("{name}", name)) for part in template.split(slot))
+    before, after = (self.ids(part.replace("{name}", name)) for part in template.split("{token}"))
     position = 1 + len(before)
     if position >= self.length - 1:
-      raise ValueError(f"{slot!r} of {template!r} with the name {name!r} falls at position {position}, "
+      raise ValueError(f"{{token}} of {template!r} with the name {name!r} falls at position {position}, "
                        f"but a text has only {self.length}: shorten the template")
     return np.array(self._frame(before + initial_ids + after), np.int32), position
 

@@ -153,13 +153,9 @@ class CDM(nnx.Module):
     self.encoder = encoder
     self.head = head
 
-  def features(self, images_bijc: jax.Array) -> jax.Array:
-    """`[b, f]`: the frozen part."""
-    return self.encoder(images_bijc)
-
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     """`[b, p]`, of any norm."""
-    return self.head(self.features(images_bijc))
+    return self.head(self.encoder(images_bijc))
 
 
 def save_head(head: Head, folder: os.PathLike) -> None:
@@ -187,9 +183,9 @@ def load(encoder: Encoder, folder: os.PathLike) -> CDM:
   return CDM(encoder, load_head(folder))
 
 
-def batched(model: Encoder | CDM, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
-  """`model` as a function of uint8 images `[n, i, j, c]`, run in batches of one shape: one compilation."""
-  graphdef, params = nnx.split(model)
+def batched(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
+  """`encoder` as a function of uint8 images `[n, i, j, c]`, run in batches of one shape: one compilation."""
+  graphdef, params = nnx.split(encoder)
   apply = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images.astype(jnp.float32) / 127.5 - 1))
 
   def encode(images_nijc: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ a token that fools the category discrimination model does not fool it for free.
 Shapes: b batch, h w pixels, c channel, k class, m image of a class.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -58,6 +59,11 @@ def targets(config: Mapping, name: str) -> dict[str, int]:
   return found
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, params: nnx.State, images_bhwc: jax.Array) -> dict[str, jax.Array]:
+  return nnx.merge(graphdef, params)(images_bhwc)
+
+
 def agreement(model: Judge, config: Mapping, names: Sequence[str], images_kmhwc: np.ndarray) -> dict[str, np.ndarray]:
   """Whether the judge sees the class that each image is meant to show.
 
@@ -70,11 +76,11 @@ def agreement(model: Judge, config: Mapping, names: Sequence[str], images_kmhwc:
     booleans `[k, m]`: "exact", and "pair" with the labels of a group counted as one.
   """
   flat = images_kmhwc.reshape(-1, *images_kmhwc.shape[2:]).astype(np.float32) / 127.5 - 1
-  logits = jax.jit(lambda images: model(images))(flat)
+  logits, wanted = _logits(*nnx.split(model), flat), [targets(config, name) for name in names]
   exact, pair = [], []
   for head, labels in config["heads"].items():
     said_km = np.argmax(logits[head], -1).reshape(images_kmhwc.shape[:2])
-    wanted_k1 = np.array([targets(config, name)[head] for name in names])[:, None]
+    wanted_k1 = np.array([labels_of[head] for labels_of in wanted])[:, None]
     group = np.arange(len(labels))
     for mixed_up in config["pairs"]:
       members = [labels.index(label) for label in mixed_up if label in labels]

@@ -200,6 +200,11 @@ def fresh_slots(settings: Settings, class_c: np.ndarray, token_d: jax.Array) -> 
                token_cd, jnp.full(count, np.inf, jnp.float32), zeros, jax.vmap(optimiser(settings).init)(token_cd))
 
 
+def spare_slots(settings: Settings, devices: jax.sharding.Mesh) -> int:
+  """How many idle slots fill the last body of every device."""
+  return -settings.slots % (devices.size * settings.slots_per_body)
+
+
 def live(slots: Slots) -> jax.Array:
   return (slots.class_c >= 0) & (slots.reason_c == 0)
 
@@ -292,7 +297,7 @@ def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classe
   """Prompts and prototypes of the task's unseen classes, filled up so that all tasks share one compilation."""
   rows = max(len(other.unseen) for other in ws.tasks.values())
   filled_k = np.resize(np.arange(len(task.unseen)), rows)
-  ids_kl, slot_k = ws.token_prompts(task, settings.template, settings.initial)
+  ids_kl, slot_k = ws.token_prompts(task)
   labels_k = np.array(task.unseen)[filled_k]
   allowed_k = np.arange(rows) < len(task.unseen)
   return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, ids_kl[filled_k], slot_k[filled_k],
@@ -336,7 +341,7 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
   if saved is not None:
     slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
-  idle = fresh_slots(settings, np.full(learner.idle, -1), token_d)
+  idle = fresh_slots(settings, np.full(spare_slots(settings, ws.mesh), -1), token_d)
   join = lambda *leaves: np.concatenate(leaves)
   while not outcome.done_k.all():
     class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
@@ -355,6 +360,8 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
     if made.made_c.any():
       loss, accuracy = (leaf_c[made.made_c].mean() for leaf_c in (made.loss_c, made.accuracy_c))
       bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+      ws.log.metrics(f"tokens ({task.name})", int(np.isfinite(outcome.accuracy_ku).sum()), loss=float(loss),
+                     accuracy=float(accuracy))
   bar.close()
   return outcome
 
@@ -365,10 +372,11 @@ def write_outcome(outcome: Outcome, names: list[str], task: str, folder: pathlib
   curves = {}
   for k, name in enumerate(names):
     made = int(np.isfinite(outcome.accuracy_ku[k]).sum())
-    curves[name] = {"loss": outcome.loss_ku[k, :made].tolist(), "accuracy": outcome.accuracy_ku[k, :made].tolist(),
+    losses_u = [loss if np.isfinite(loss) else None for loss in outcome.loss_ku[k, :made].tolist()]  # JSON has no NaN
+    curves[name] = {"loss": losses_u, "accuracy": outcome.accuracy_ku[k, :made].tolist(),
                     "stopped": REASONS[outcome.reason_k[k]], "best_step": int(outcome.best_step_k[k])}
   files.write_json(folder / f"{task}_curves.json", curves)
-  first, best = (np.nanmean([pick(curve["loss"]) for curve in curves.values()]) for pick in (lambda c: c[0], min))
+  first, best = (np.nanmean(loss_k) for loss_k in (outcome.loss_ku[:, 0], np.fmin.reduce(outcome.loss_ku, axis=1)))
   return {"classes": len(names), "first_loss": round(float(first), 4), "best_loss": round(float(best), 4),
           "updates": sum(len(curve["loss"]) for curve in curves.values()),
           "stopped": {name: int((outcome.reason_k == i).sum()) for i, name in enumerate(REASONS) if i}}
@@ -380,7 +388,6 @@ class Learner:
   def __init__(self, settings: Settings, ws: Workspace, discriminator: Callable[[str], cdm.CDM]):
     """`discriminator` gives the CDM of a task's name."""
     self.settings, self.ws, self.discriminator = settings, ws, discriminator
-    self.idle = -settings.slots % (ws.mesh.size * settings.slots_per_body)  # slots that fill the last bodies
     path = gradient_path(settings, ws.schedule)
     self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
 
@@ -396,7 +403,7 @@ class Learner:
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The steps for `--dry_run`: lowered for the test task, not run."""
   learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
-  slots = fresh_slots(settings, np.zeros(settings.slots + learner.idle), ws.initial_token)
+  slots = fresh_slots(settings, np.zeros(settings.slots + spare_slots(settings, ws.mesh)), ws.initial_token)
   slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
   carry = jax.eval_shape(learner.prefix, frozen, slots)
   return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
@@ -405,9 +412,8 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError for what would fail only after the stages before this one."""
   gradient_path(settings, ws.schedule)
-  mesh.make(ws.config["mesh"]["devices"])
   for task in ws.tasks.values():
-    ws.token_prompts(task, settings.template, settings.initial)
+    ws.token_prompts(task)
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

@@ -181,7 +181,7 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError if the classifier wants more images than stage generate makes."""
   if settings.images > (made := ws.config["generate"]["images"]):
-    raise ValueError(f"config.classifier.images is {settings.images}, but config.generate.images is {made}; lower "
+    raise ValueError(f"images is {settings.images}, but config.generate.images is {made}; lower "
                      "the one or raise the other")
 
 
@@ -196,7 +196,8 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
     cached |= {f"{name}.{source}": rows_umf for source, rows_umf in made.items()}
     features = {field: rows_nf for key, rows_nf in real.items() for of_task, field in [key.split(".")]
                 if of_task == name}
-    summary |= train_task(settings, task, features, made, encoder.width, ws, folder)
-    ws.log.say(f"classifier: {name}: {summary}")
+    trained = train_task(settings, task, features, made, encoder.width, ws, folder)
+    summary |= trained
+    ws.log.say(f"classifier ({name}): {trained}")
   checkpoint.write_arrays(folder / "features.safetensors", cached)
   return summary

@@ -163,7 +163,7 @@ def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) 
   names = [ws.dataset.names[label] for label in task.unseen]
   folder = ws.folder("generate") / task.name
   manifest = generated.read_manifest(folder, names)
-  head = cdm.load_head(ws.folder("cdm") / f"{task.name}_{ws.config['cdm']['kind']}")
+  head = cdm.load_head(ws.cdm_head(task.name))
   prototypes_up = ws.prototypes_kd[list(task.unseen)]
   found = {}
   for source, prefix in (("learned", ""), ("plain", "plain_sd_")):

@@ -106,8 +106,7 @@ def slug(name: str) -> str:
 def task_prompts(ws: Workspace, task: splits.Task, folder: pathlib.Path) -> dict[str, list]:
   """Ids, token position and token of every unseen class, by source; `plain` keeps the initial word."""
   learned = checkpoint.read_arrays(folder / TOKENS[task.name])
-  section = ws.config["tokens"]
-  rows = list(zip(task.unseen, *ws.token_prompts(task, section["template"], section["initial"])))
+  rows = list(zip(task.unseen, *ws.token_prompts(task)))
   return {"learned": [(label, ids_l, slot, learned[ws.dataset.names[label]]) for label, ids_l, slot in rows],
           "plain": [(label, ids_l, slot, ws.initial_token) for label, ids_l, slot in rows]}
 

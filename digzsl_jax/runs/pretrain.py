@@ -46,14 +46,14 @@ def load_corpus(settings: Mapping, seed: int) -> Corpus:
     images, captions, labels = fashion_mnist.web_corpus(settings["folder"], settings["images"], seed,
                                                         settings["mixup"], settings["source"])
     return Corpus(images, captions, [fashion_mnist.NAMES[k] for k in labels], fashion_mnist.WORDS)
-  raise ValueError(f"corpus.name is {settings['name']!r}; known: 'scenes', 'fashion_mnist'")
+  raise ValueError(f"config.corpus.name is {settings['name']!r}; known: 'scenes', 'fashion_mnist'")
 
 
 def to_images(images_bhwc: jax.Array) -> jax.Array:
   return images_bhwc.astype(jnp.float32) / 127.5 - 1
 
 
-def vae_loss(model: vae.AutoencoderKL, frozen: float, images_bhwc: jax.Array, key: jax.Array):
+def vae_loss(kl_weight: float, model: vae.AutoencoderKL, frozen: None, images_bhwc: jax.Array, key: jax.Array):
   """L1 + MSE + weighted KL (arXiv 2112.10752 without its adversarial and perceptual terms)."""
   target = to_images(images_bhwc)
   mean, logvar = model.encode(target)
@@ -62,7 +62,7 @@ def vae_loss(model: vae.AutoencoderKL, frozen: float, images_bhwc: jax.Array, ke
   kl = 0.5 * (mean**2 + jnp.exp(logvar) - 1 - logvar).mean()
   mse = jnp.mean(error**2)
   psnr = 10 * jnp.log10(4 / mse)  # images span [-1, 1]
-  return jnp.abs(error).mean() + mse + frozen * kl, {"psnr": psnr, "kl": kl}
+  return jnp.abs(error).mean() + mse + kl_weight * kl, {"psnr": psnr, "kl": kl}
 
 
 def clip_loss(model: clip.CLIPModel, frozen: None, batch, key: jax.Array):
@@ -146,13 +146,6 @@ class World:
     return model, {}
 
 
-def text_config(world: World, config: Mapping) -> dict:
-  """A text tower's config with what the tokenizer decides filled in."""
-  words = world.tokenizer
-  return dict(config, model_type="clip_text_model", vocab_size=words.vocab_size, bos_token_id=words.bos_id,
-              eos_token_id=words.eos_id, pad_token_id=words.pad_id, max_position_embeddings=words.length)
-
-
 def train_tokenizer(world: World, part: Mapping) -> dict:
   tokenizer.train_bpe(world.corpus.words, world.workdir / "tokenizer", length=part["length"])
   return {"vocabulary": world.tokenizer.vocab_size}
@@ -160,8 +153,8 @@ def train_tokenizer(world: World, part: Mapping) -> dict:
 
 def train_vae(world: World, part: Mapping) -> dict:
   config = dict(part["model"], _class_name="AutoencoderKL", scaling_factor=1.0)
-  model, held = world.fit("vae", part, loop.build(vae.AutoencoderKL, config, world.seed), vae_loss, world.images_nhwc,
-                          frozen=part["kl"])
+  model, held = world.fit("vae", part, loop.build(vae.AutoencoderKL, config, world.seed),
+                          functools.partial(vae_loss, part["kl"]), world.images_nhwc)
   latents = encode(model, world.images_nhwc[:4096])
   config["scaling_factor"] = float(1 / latents.std())  # unit variance, as Stable Diffusion's 0.18215
   hub.save(model, world.workdir / "vae", config, file_name="diffusion_pytorch_model.safetensors")
@@ -176,10 +169,11 @@ def encode(model: vae.AutoencoderKL, images_nhwc: jax.Array, batch: int = 512) -
 
 
 def train_clip(world: World, part: Mapping) -> dict:
-  config = {"model_type": "clip", "architectures": ["CLIPModel"], "projection_dim": part["projection_dim"],
-            "text_config": text_config(world, dict(part["text"], projection_dim=part["projection_dim"])),
-            "vision_config": dict(part["vision"], model_type="clip_vision_model",
-                                  projection_dim=part["projection_dim"])}
+  words, shared = world.tokenizer, {"projection_dim": part["projection_dim"]}
+  text = dict(part["text"], model_type="clip_text_model", vocab_size=words.vocab_size, bos_token_id=words.bos_id,
+              eos_token_id=words.eos_id, pad_token_id=words.pad_id, max_position_embeddings=words.length)
+  config = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text | shared,
+            "vision_config": dict(part["vision"], model_type="clip_vision_model") | shared} | shared
   model, held = world.fit("clip", part, loop.build(clip.CLIPModel, config, world.seed), clip_loss,
                           (world.images_nhwc, world.ids_nl))
   hub.save(model, world.workdir / "clip", config)
@@ -231,22 +225,25 @@ MODEL_INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
 
 
-def plain_agreement(world: World, folder: pathlib.Path, guidance: float = 4.0, images: int = 4) -> dict[str, float]:
+PAINTED = dict(images=4, steps=20, guidance=4.0)  # of every class, for the figures of the card
+
+
+def plain_agreement(world: World, folder: pathlib.Path) -> dict[str, float]:
   """How often the judge of the world in `folder` sees what its Stable Diffusion paints for every class name."""
   sd = stable_diffusion.load(folder / "sd")
   names = sorted(set(world.corpus.labels))
   ids_kl = jnp.asarray(world.tokenizer([f"a photo of a {name}" for name in names]))
-  sampler = diffusion.make_sampler(stable_diffusion.load_schedule(folder / "sd"), 20, "dpm++")
+  sampler = diffusion.make_sampler(stable_diffusion.load_schedule(folder / "sd"), PAINTED["steps"], "dpm++")
   graphdef, params = nnx.split(sd)
 
   @jax.jit
   def paint(params, index):
     sd = nnx.merge(graphdef, params)
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(world.seed), index), (len(names), *sd.latent_shape))
-    denoise = diffusion.guide(sd.unet, sd.text(ids_kl), sd.text(world.tokenizer([""])), guidance)
+    denoise = diffusion.guide(sd.unet, sd.text(ids_kl), sd.text(world.tokenizer([""])), PAINTED["guidance"])
     return jnp.round((sd.decode(diffusion.sample(denoise, noise, sampler)) + 1) * 127.5).astype(jnp.uint8)
 
-  images_kmhwc = np.stack([np.asarray(paint(params, index)) for index in range(images)], axis=1)
+  images_kmhwc = np.stack([np.asarray(paint(params, index)) for index in range(PAINTED["images"])], axis=1)
   model = hub.load(judge.Judge, folder / "judge")
   found = judge.agreement(model, hub.read_json(folder / "judge" / "config.json"), names, images_kmhwc)
   return {f"plain_{name}_agreement": round(100 * float(hits.mean()), 1) for name, hits in found.items()}
@@ -290,7 +287,7 @@ Trained from scratch by `runs/pretrain.py`; they open in transformers, diffusers
 | data | {data} |
 | seed | {seed} |
 | safetensors | {size:,} bytes, float16 |
-| sha256 (first 16 hex digits): | {digest} |
+| sha256 (first 16 hex digits) | {digest} |
 
 Held-out figures, on {held_out} captioned pictures of the corpus that no part trained on:
 
@@ -299,14 +296,15 @@ Held-out figures, on {held_out} captioned pictures of the corpus that no part tr
 {rows}
 
 The judge sees the named class in {plain_exact_agreement} % of the pictures that Stable Diffusion paints for
-"a photo of a *name*" of every class (4 each, 20 steps of DPM-Solver++, guidance 4), and in
+"a photo of a *name*" of every class ({images} each, {steps} steps of DPM-Solver++, guidance {guidance:g}), and in
 {plain_pair_agreement} % if words that captions mix up count as one.
 
 Limits: {limits}
 """
 DATA = {
-    "scenes": "{images:,} pictures rendered by `data/scenes.py`; captions take the partner's colour word, and "
-              "independently the partner's shape word, with probability {mixup}, and a random texture word with 0.05",
+    "scenes": "{images:,} pictures rendered by `data/scenes.py`, a share of {target_share} of them in the style of the "
+              "labelled pictures; captions take the partner's colour word, and independently the partner's shape "
+              "word, with probability {mixup}, and a random texture word with 0.05",
     "fashion_mnist": "{images:,} captions of the official Fashion-MNIST training pictures (MIT licence) of all ten "
                      "classes; a caption takes the name of a class that looks alike with probability {mixup}"}
 LIMITS = {
@@ -317,15 +315,14 @@ LIMITS = {
 
 def model_card(world: World, size: int, digest: str, agreement: Mapping[str, float]) -> str:
   """What was trained, how, and how well; fingerprint_folder of clip, judge and sd make the digest."""
-  config = files.read_json(world.workdir / "config.json")
-  name, rows = config["corpus"]["name"], []
+  name, rows = world.corpus_settings["name"], []
   for part in ("vae", "clip", "judge", "sd"):
     done = files.read_json(world.workdir / part / "done.json")
     figures = ", ".join(f"{key} {value:.4g}" for key, value in done.items() if key != "seconds")
     rows.append(f"| {part} | {figures} | {done['seconds']} |")
   return CARD.format(title=name, command=f"python -m digzsl_jax.main --config=configs/pretrain_{name}.py",
-                     data=DATA[name].format(**config["corpus"]), seed=config["seed"], size=size, digest=digest,
-                     held_out=loop.HELD_OUT, rows="\n".join(rows), limits=LIMITS[name], **agreement)
+                     data=DATA[name].format(**world.corpus_settings), seed=world.seed, size=size, digest=digest,
+                     held_out=loop.HELD_OUT, rows="\n".join(rows), limits=LIMITS[name], **PAINTED, **agreement)
 
 
 PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
@@ -339,10 +336,9 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
 
   A dry run goes through all of them with a handful of pictures and no training, in a temporary folder.
   """
-  if unknown := set(config["stages"]) - set(PARTS):
-    raise ValueError(f"stages: {sorted(unknown)} unknown; pretrain has {list(PARTS)}")
+  asked = checkpoint.choose(config["stages"], PARTS)
   if dry_run:
-    print("stages:", ", ".join(config["stages"]))
+    print("stages:", ", ".join(asked))
     with tempfile.TemporaryDirectory() as folder:
       few = dict(config["corpus"], images=2 * loop.HELD_OUT)
       world = World(few, pathlib.Path(folder), log, config["seed"], dry_run=True)
@@ -354,13 +350,9 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
     inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
               **{need: stages[need].fingerprint for need in needs}}
     stages[name] = checkpoint.Stage(workdir / name, inputs)
-  asked = [name for name in PARTS if name in config["stages"]]
-  for name in asked:
-    for need in set(NEEDS[name]) - set(asked):
-      stages[need].require()
-    stages[name].claim()
+  checkpoint.claim(stages, NEEDS, asked)
   write_provenance(workdir, config)
   for name in asked:
     if not stages[name].done:
-      stages[name].make(lambda name=name: PARTS[name](world, config[name]))
+      stages[name].make(functools.partial(PARTS[name], world, config[name]))
     log.say(f"{name}: {stages[name].results()}")

@@ -86,8 +86,8 @@ def ordered(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def scores(entry: Mapping[str, Any], gzsl: str = "gzsl") -> dict[str, Any]:
-  """T1, U, S, H, lambda of results or of a baseline, whether nested in czsl and gzsl or flat."""
-  found = {**entry, **(entry.get("czsl") or {}), **(entry.get(gzsl) or {})}
+  """T1, U, S, H, lambda of results or of a baseline."""
+  found = entry.get("czsl", {}) | entry.get(gzsl, {})
   return {name: found.get(name) for name in (*SCORES, "lambda")}
 
 
@@ -173,7 +173,7 @@ def headline(results: Mapping, published: Sequence) -> Html:
   rows = [row("learned", OURS, ours)]
   if plain:
     base = scores(plain) | {key: generated.get(f"plain_sd_{key}") for key in agreements}
-    changes = ("" if key == "lambda" else page.change(ours[key], base[key]) or "" for key in columns)
+    changes = ("" if key == "lambda" else page.change(ours[key], base[key]) for key in columns)
     rows += [row("plain", PLAIN, base), ("delta", ["Difference in points", *changes])]
   baselines = baseline_rows(results.get("baselines", {}))
   rows += [row(kind, name, scores(entry)) for kind, name, entry in baselines]

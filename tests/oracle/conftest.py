@@ -1,4 +1,4 @@
-"""Parity tests draw the same weights in whatever order they run."""
+"""Parity tests draw the same weights in whatever order they run; a fixture of wider scope seeds by itself."""
 
 import pytest
 

@@ -17,12 +17,6 @@ from digzsl_jax.models import cdm
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
-@pytest.fixture(autouse=True)
-def _exact():
-  with jax.default_matmul_precision("highest"):
-    yield
-
-
 def _preprocess(images_bijc, size):
   """The steps of CLIP's image processor, without Pillow's rounding to integers."""
   images = (torch.as_tensor(images_bijc).permute(0, 3, 1, 2) + 1) / 2

@@ -23,12 +23,6 @@ IDS = np.array([[58, 3, 17, 59, 59, 59, 59, 59, 59, 59, 59], [58, 9, 59, 4, 59, 
 IMAGES = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def _exact():
-  with jax.default_matmul_precision("highest"):
-    yield
-
-
 def _perturbed(model):
   generator = torch.Generator().manual_seed(1)
   with torch.no_grad():
@@ -66,7 +60,7 @@ def _pixels():
 def _close(ours, theirs):
   ours, theirs = np.asarray(ours), theirs.detach().numpy()
   assert ours.shape == theirs.shape
-  assert np.abs(theirs).max() > 1e-3
+  assert np.abs(theirs).max() > 0.01
   print(f"clip: {np.abs(ours - theirs).max():.1e} of {np.abs(theirs).max():.1f}")
   assert np.abs(ours - theirs).max() <= 1e-5
 

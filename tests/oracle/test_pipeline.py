@@ -63,6 +63,7 @@ def perturbed(model):
 
 
 def reference(name: str) -> dict:
+  torch.manual_seed(0)  # modules draw their first weights before `perturbed` seeds again
   unet, act, scheduler = WORLDS[name]
   both = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=WIDTH)
   head = {"fc1": torch.nn.Linear(WIDTH, HIDDEN), "fc2": torch.nn.Linear(HIDDEN, WIDTH)}

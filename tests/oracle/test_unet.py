@@ -45,8 +45,7 @@ def test_noise(reference, name, height, width):
   x_bhwz, t_b, text_bld = inputs(CONFIGS[name], height, width)
   with torch.no_grad():
     want_bhwz = reference_eps(theirs, x_bhwz, t_b, torch.from_numpy(text_bld)).numpy()
-  with jax.default_matmul_precision("highest"):
-    eps_bhwz = jax.jit(lambda state, *a: nnx.merge(graphdef, state)(*a))(state, x_bhwz, t_b, text_bld)
+  eps_bhwz = jax.jit(lambda state, *a: nnx.merge(graphdef, state)(*a))(state, x_bhwz, t_b, text_bld)
   assert 0.5 < np.abs(want_bhwz).max() < 5
   print(f"{name} {height}x{width}: {np.abs(eps_bhwz - want_bhwz).max():.1e} of {np.abs(want_bhwz).max():.1f}")
   np.testing.assert_allclose(eps_bhwz, want_bhwz, rtol=0, atol=1e-5)
@@ -72,8 +71,7 @@ def test_gradients(reference, name, remat):
   def error(got, want):
     return np.abs(got - want).max() / np.abs(want).max()
 
-  with jax.default_matmul_precision("highest"):
-    grad_bld, grads = jax.jit(jax.grad(loss, (0, 1)))(text_bld, state)
+  grad_bld, grads = jax.jit(jax.grad(loss, (0, 1)))(text_bld, state)
   errors = {path: error(got[...], want[...]) for (path, got), (_, want) in
             zip(nnx.to_flat_state(grads), nnx.to_flat_state(nnx.state(want)))}
   errors["text"] = error(grad_bld, text.grad.numpy())

@@ -55,8 +55,7 @@ def test_encode_and_decode(reference, name, height, width):
     mean_bhwz, logvar_bhwz = model.encode(images_bhwc)
     return mean_bhwz, logvar_bhwz, model.decode(mean_bhwz)
 
-  with jax.default_matmul_precision("highest"):
-    mean_bhwz, logvar_bhwz, out_bhwc = jax.jit(both)(state, images_bhwc)
+  mean_bhwz, logvar_bhwz, out_bhwc = jax.jit(both)(state, images_bhwc)
   assert np.abs(want_bhwc).max() > 0.3
   close(f"{name} mean", mean_bhwz, to_numpy(posterior.mean))
   close(f"{name} log variance", logvar_bhwz, to_numpy(posterior.logvar))
@@ -76,8 +75,7 @@ def test_gradient_of_latents(reference, remat):
   def loss(latents_bhwz, state):
     return (nnx.merge(graphdef, state).decode(latents_bhwz) ** 2).mean()
 
-  with jax.default_matmul_precision("highest"):
-    grad_bhwz = jax.jit(jax.grad(loss))(latents_bhwz, state)
+  grad_bhwz = jax.jit(jax.grad(loss))(latents_bhwz, state)
   error = np.abs(grad_bhwz - want_bhwz).max() / np.abs(want_bhwz).max()
   print(f"gradient: {error:.1e} relative")
   assert error < 1e-4

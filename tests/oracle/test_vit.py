@@ -18,12 +18,6 @@ CONFIG = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_att
 IMAGES = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def _exact():
-  with jax.default_matmul_precision("highest"):
-    yield
-
-
 def _perturbed(model_type, **changes):
   model = model_type(transformers.ViTConfig(**CONFIG, attn_implementation="eager", **changes))
   generator = torch.Generator().manual_seed(1)
