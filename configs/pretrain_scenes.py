@@ -1,6 +1,8 @@
 """The foundation models of the scenes world (configs/base.py, pretrain): what the package ships.
 
 Command: python -m digzsl_jax.main --config=configs/pretrain_scenes.py --workdir=runs/pretrain_scenes
+Took: 2 hours on two CPU cores that a second training shared most of the time (jax 0.10.2).
+Result: autoencoder 27.2 dB, judge 99.8 %, plain pictures right 30.8 %, up to mixed-up words 100.0 %.
 """
 
 from configs import base

@@ -306,8 +306,8 @@ def loss_panel(name: str, curve: Mapping, limit: float) -> Html:
                  None if kept is None else axes.vertical(kept, "real"),
                  share.curve(range(len(accuracy)), accuracy, "thin other"),
                  axes.curve(range(len(loss)), shown, "learned"))
-  stop = STOPS.get(curve.get("stopped"), "")
-  return tag("figure", tag("h3", name), svg, tag("figcaption", f"{len(loss)} steps" + (stop and f", {stop}")))
+  steps, stop = f"{len(loss)} step{'s' * (len(loss) != 1)}", STOPS.get(curve.get("stopped"), "")
+  return tag("figure", tag("h3", name), svg, tag("figcaption", ", ".join(filter(None, (steps, stop)))))
 
 
 def lambda_curves(results: Mapping) -> Html | None:
