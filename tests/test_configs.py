@@ -60,4 +60,3 @@ def test_pretraining_fits(name):
   for section in config.values():
     if isinstance(section, dict) and "training" in section:
       loop.Training(**section["training"])
-

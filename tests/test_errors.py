@@ -1,11 +1,15 @@
 """What a person does wrong is answered by one message that names the field, file or class."""
 
+import dataclasses
 import shutil
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from digzsl_jax import logs
 from digzsl_jax import main as command
+from digzsl_jax.data import datasets, fashion_mnist, images
 from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import parse
 
@@ -39,6 +43,44 @@ def test_grad_calls_beyond_the_sampler(tiny_world):
   settings = token_settings(gradient="last", sampler="ddim", steps=4, grad_calls=5)
   with pytest.raises(ValueError, match="grad_calls is 5; it must be at most 4, the calls that ddim makes"):
     class_tokens.gradient_path(settings, schedule)
+
+
+def test_missing_data_folder(tmp_path):
+  with pytest.raises(ValueError, match=f"{tmp_path}/none"):
+    fashion_mnist.load(folder=str(tmp_path / "none"))
+
+
+def test_class_in_both_lists():
+  dataset = datasets.load({"name": "scenes", "train_per_class": 4, "test_per_class": 1})
+  twice = dataset.seen[0]
+  with pytest.raises(ValueError, match=dataset.names[twice]):
+    dataclasses.replace(dataset, unseen=(*dataset.unseen, twice))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:-100]), "model.safetensors"),
+    (lambda path: change(path, lambda tensors: tensors.pop("logit_scale")), "logit_scale"),
+    (lambda path: change(path, lambda tensors: tensors.update(extra=np.zeros(3, np.float32))), "extra"),
+    (lambda path: path.unlink(), "clip"),
+])
+def test_damaged_checkpoint(damage, message, tiny_world, tiny_config, tmp_path):
+  shutil.copytree(tiny_world / "clip", tmp_path / "clip")
+  damage(tmp_path / "clip" / "model.safetensors")
+  tiny_config.models.clip = str(tmp_path / "clip")
+  with pytest.raises(ValueError, match=message):
+    run(tiny_config, tmp_path / "run", "cdm")
+
+
+def change(path, edit):
+  tensors = safetensors.numpy.load_file(path)
+  edit(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+def test_image_that_does_not_decode(tmp_path):
+  (tmp_path / "00001.png").write_bytes(b"\x89PNG but no more")
+  with pytest.raises(ValueError, match="00001.png"):
+    images.read_png(tmp_path / "00001.png")
 
 
 def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):

@@ -1,5 +1,6 @@
 """The evaluation of a world whose pictures are plain colours: every number of it is known beforehand."""
 
+import dataclasses
 import json
 import types
 
@@ -169,5 +170,6 @@ def test_a_judge_that_does_not_know_the_class(tmp_path, monkeypatch):
 
 
 def test_settings():
+  assert {field.name for field in dataclasses.fields(evaluate.Settings)} == {"lambdas"}
   with pytest.raises(ValueError, match="lambdas is 1"):
     evaluate.Settings(lambdas=1)

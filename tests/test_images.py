@@ -19,6 +19,21 @@ def test_png_round_trip_and_replacement(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "a.png"
+  images.write_png(path, _picture())
+
+  def fail(self, file, format):
+    file.write_bytes(b"half")
+    raise OSError("disk full")
+
+  monkeypatch.setattr(Image.Image, "save", fail)
+  with pytest.raises(OSError, match="disk full"):
+    images.write_png(path, _picture(1))
+  np.testing.assert_array_equal(images.read_png(path), _picture())
+  assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_other_modes_become_rgb(tmp_path):
   grey = _picture()[..., 0]
   Image.fromarray(grey).save(tmp_path / "grey.png")

@@ -25,6 +25,7 @@ def test_dry_run_prints_costs_and_makes_nothing(tiny_config, tmp_path, capsys):
   (["--config=configs/quickstart.py", "--config.cmd.steps=3"], "error: the config has no field 'cmd'"),
   (["--config=configs/pretrain_scenes.py", "--config.vae.training.stepss=3"],
    "error: the config has no field 'stepss'"),
+  (["--config=configs/quickstart.py", "--config.tokens.stepss=3"], "error: the config has no field 'stepss'"),
   (["--config=configs/quickstart.py", "config.seed=3"], r"error: \['config.seed=3'\] not understood")])
 def test_one_line_for_a_wrong_command(arguments, said, tmp_path):
   root = pathlib.Path(__file__).parent.parent

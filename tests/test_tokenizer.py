@@ -70,6 +70,9 @@ def test_slot_takes_one_position(small):
 def test_slot_errors(small):
   with pytest.raises(ValueError, match="'zebra' is 5 tokens"):
     small.encode_with_slot("{token} {name}", "bird", "zebra")
+  for template in ("a {name}", "{token} {token} {name}"):
+    with pytest.raises(ValueError, match="exactly once"):
+      small.encode_with_slot(template, "bird", "a")
   with pytest.raises(ValueError, match="position 10"):
     small.encode_with_slot("{name} {token}", "bird " * 9, "a")
 

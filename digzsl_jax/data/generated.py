@@ -19,9 +19,11 @@ def read_manifest(folder: pathlib.Path, names: Sequence[str]) -> dict:
   """The manifest of a task's images, checked to hold every class of `names`.
 
   Raises:
-    ValueError: damaged manifest, or a class with too few images.
+    ValueError: missing or damaged manifest, or a class with too few images.
   """
   path = folder / "manifest.json"
+  if not path.exists():
+    raise ValueError(f"{path} is missing; stage generate writes it again")
   manifest = files.read_json(path)
   for source, of_source in manifest["files"].items():
     if lacking := [name for name in names if len(of_source.get(name, ())) != manifest["images"]]:

@@ -87,8 +87,10 @@ class Tokenizer:
       `(ids_l, position)`: int32 ids with start, end and padding, and the token's place among them.
 
     Raises:
-      ValueError: an `initial` of several tokens, a token beyond the last position.
+      ValueError: no or several places for the token, an `initial` of several tokens, a token beyond the last position.
     """
+    if template.count("{token}") != 1:
+      raise ValueError(f"the template {template!r} must contain '{{token}}' exactly once")
     initial_ids = self.ids(initial)
     if len(initial_ids) != 1:
       raise ValueError(f"the initialiser {initial!r} is {len(initial_ids)} tokens; choose a word that is one")
