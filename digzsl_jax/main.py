@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from digzsl_jax import checkpoint, logs
+from digzsl_jax import checkpoint, logs, mesh
 from digzsl_jax.runs import cdm, class_tokens, classifier, evaluate, generate, pretrain, report
 from digzsl_jax.workspace import Workspace, parse
 
@@ -90,6 +90,7 @@ def main(arguments: list[str]) -> None:
   config = CONFIG.value.to_dict()
   # `--config.stages=cdm,tokens` arrives as a tuple of one string.
   config["stages"] = tuple(name for entry in config["stages"] for name in entry.split(","))
+  mesh.divide_cpu()
   if not jax.config.jax_compilation_cache_dir:  # a second run starts warm
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/digzsl_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,5 +1,6 @@
 """The device mesh. Class is batch: one axis, `class`, over which rows of classes are sharded."""
 
+import os
 from collections.abc import Callable
 
 import jax
@@ -7,6 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 AXIS = "class"
+CPU_DEVICES = 2
+
+
+def divide_cpu() -> None:
+  """Makes a CPU two devices, unless the environment says how many; to be called before JAX looks for devices.
+
+  With pictures as small as those of the small worlds, one device keeps hardly more than one core busy. Two, however
+  many cores there are: every device holds all weights, and the batches of the small worlds are not larger.
+  """
+  told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if not told and jax.config.jax_num_cpu_devices < 0:  # JAX_NUM_CPU_DEVICES
+    jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
 def make(devices: int) -> jax.sharding.Mesh:
