@@ -31,7 +31,7 @@ def make(devices: int) -> jax.sharding.Mesh:
   found = jax.devices()
   if not 0 <= devices <= len(found):
     raise ValueError(f"config.mesh.devices is {devices}, but JAX sees {len(found)} device(s): {found}. On a CPU, "
-                     "XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight")
+                     "JAX_NUM_CPU_DEVICES=8 makes eight")
   # Auto: the compiler propagates shardings; `jax.make_mesh` would now default to Explicit.
   return jax.sharding.Mesh(np.array(found[:devices or None]), (AXIS,),
                            axis_types=(jax.sharding.AxisType.Auto,))

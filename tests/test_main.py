@@ -1,5 +1,6 @@
 """The command line: what it refuses, and its dry run."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -35,3 +36,13 @@ def test_one_line_for_a_wrong_command(arguments, said, tmp_path):
   [line] = done.stderr.splitlines()
   assert re.match(said, line)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("environment, devices", [
+  ({}, 2), ({"JAX_NUM_CPU_DEVICES": "1"}, 1), ({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}, 8)])
+def test_a_cpu_is_two_devices_unless_told(environment, devices):
+  kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+  code = "import jax; from digzsl_jax import mesh; mesh.divide_cpu(); print(jax.device_count())"
+  done = subprocess.run([sys.executable, "-c", code], env=kept | {"JAX_PLATFORMS": "cpu"} | environment,
+                        cwd=pathlib.Path(__file__).parent.parent, capture_output=True, text=True, check=True)
+  assert int(done.stdout) == devices
