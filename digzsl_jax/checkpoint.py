@@ -145,6 +145,13 @@ class Stage:
     return read_json(self.folder / "done.json")
 
 
+def check_method(workdir: pathlib.Path, method: str) -> None:
+  """Raises ValueError if `workdir` is that of another method, with whose stages these do not collide."""
+  record = workdir / "config.json"
+  if record.exists() and (before := read_json(record).get("method")) != method:
+    raise ValueError(f"{workdir} belongs to a run of config.method {before!r}, not {method!r}; use another --workdir")
+
+
 def choose(asked: Iterable[str], known: Iterable[str]) -> list[str]:
   """The stages that were asked for, in the order of `known`.
 

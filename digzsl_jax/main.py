@@ -101,6 +101,7 @@ def main(arguments: list[str]) -> None:
       print(CONFIG.value)
     if config["method"] not in METHODS:
       raise ValueError(f"config.method is {config['method']!r}; it must be one of {list(METHODS)}")
+    checkpoint.check_method(workdir, config["method"])
     METHODS[config["method"]](config, workdir, log, DRY_RUN.value)
   except (ValueError, OSError) as error:
     if os.environ.get("DIGZSL_TRACEBACK"):

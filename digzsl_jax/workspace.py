@@ -49,11 +49,15 @@ def check(good: bool, field: str, value: Any, legal: str) -> None:
 
 
 def resolve(path: str, field: str) -> pathlib.Path:
-  """Folder of a checkpoint: a path, or `embedded:world/name` for one that ships with the package."""
+  """Folder of a checkpoint: a path, or `embedded:world/name` for one that ships with the package.
+
+  Raises:
+    ValueError: there is none; the message names `field`, as "models.clip".
+  """
   folder = WORLDS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else pathlib.Path(path).expanduser()
   if not folder.is_dir():
     shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
-    raise ValueError(f"config.models.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
+    raise ValueError(f"config.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
                      f"folder, or one of {shipped}")
   return folder
 
@@ -120,11 +124,11 @@ class Workspace:
   @functools.cached_property
   def model_fingerprints(self) -> dict[str, Any]:
     """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP."""
-    paths = {name: getattr(self.models, name) for name in ("clip", "sd", "judge")}
     encoder = self.config["cdm"]["encoder"]
-    paths["encoder"] = "" if encoder == cdm.CLIP else encoder
-    found = {name: checkpoint.fingerprint_folder(resolve(path, name)) if path else None
-             for name, path in paths.items()}
+    paths = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "judge")}
+    paths["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
+    found = {field.partition(".")[2]: checkpoint.fingerprint_folder(resolve(path, field)) if path else None
+             for field, path in paths.items()}
     return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template}}
 
   @functools.cached_property
@@ -144,24 +148,24 @@ class Workspace:
 
   @functools.cached_property
   def clip(self) -> clip.CLIPModel:
-    return hub.load(clip.CLIPModel, resolve(self.models.clip, "clip"))
+    return hub.load(clip.CLIPModel, resolve(self.models.clip, "models.clip"))
 
   @functools.cached_property
   def clip_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "clip"))
+    return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "models.clip"))
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
-    return stable_diffusion.load(resolve(self.models.sd, "sd"), remat=self.config["tokens"]["remat"])
+    return stable_diffusion.load(resolve(self.models.sd, "models.sd"), remat=self.config["tokens"]["remat"])
 
   @functools.cached_property
   def schedule(self) -> diffusion.Schedule:
     """The noise schedule of `sd`, without its weights."""
-    return stable_diffusion.load_schedule(resolve(self.models.sd, "sd"))
+    return stable_diffusion.load_schedule(resolve(self.models.sd, "models.sd"))
 
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "sd") / "tokenizer")
+    return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "models.sd") / "tokenizer")
 
   def token_prompts(self, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
     """Prompt ids `[k, l]` of the task's unseen classes, the initial word at the token's place, and that place."""
@@ -190,13 +194,14 @@ class Workspace:
     """The judge and its config, which names its heads; None where the world ships none."""
     if not self.models.judge:
       return None
-    folder = resolve(self.models.judge, "judge")
+    folder = resolve(self.models.judge, "models.judge")
     return hub.load(judge.Judge, folder), hub.read_json(folder / "config.json")
 
   @functools.cached_property
   def cdm_encoder(self) -> cdm.Encoder:
     """The frozen part of the category discrimination model."""
-    return cdm.load_encoder(self.config["cdm"]["encoder"], self.clip, resolve(self.models.clip, "clip"))
+    name, clip_folder = self.config["cdm"]["encoder"], resolve(self.models.clip, "models.clip")
+    return cdm.load_encoder(name if name == cdm.CLIP else resolve(name, "cdm.encoder"), self.clip, clip_folder)
 
   def new_cdm_head(self) -> cdm.Head:
     """An untrained head of the kind that guides tokens."""

@@ -65,11 +65,16 @@ def world(tmp_path, monkeypatch):
 
 def test_stage_learns_from_each_source_its_own_classes(world, tmp_path):
   summary = run_classifier.run(SETTINGS, world, tmp_path / "classifier")
-  assert set(summary) == {"test_learned", "test_plain", "test_real"}
+  fewer = {f"test_{source}_{count}" for source in ("learned", "plain") for count in (1, 2)}
+  assert set(summary) == {"test_learned", "test_plain", "test_real"} | fewer
   for source, shown in (("learned", [3, 4]), ("plain", [4, 3]), ("real", [3, 4])):
     model = hub.load(Classifier, tmp_path / "classifier" / f"test_{source}")
     logits = model(COLOURS[[3, 0, 1, 4, 2]].astype(np.float32))  # columns: seen, then unseen
     assert logits.argmax(-1).tolist() == [0, 1, 2, *shown]
+  for name in fewer:
+    model = hub.load(Classifier, tmp_path / "classifier" / name)
+    shown = [3, 4] if "learned" in name else [4, 3]
+    assert model(COLOURS[[4, 2]].astype(np.float32)).argmax(-1).tolist() == shown
   config = hub.read_json(tmp_path / "classifier" / "test_real" / "config.json")
   assert config["classes"] == ["yellow", "red", "green", "cyan", "blue"]
   cached = checkpoint.read_arrays(tmp_path / "classifier" / "features.safetensors")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from digzsl_jax import logs
+from digzsl_jax import checkpoint, files, logs
 from digzsl_jax import main as command
 from digzsl_jax.data import datasets, fashion_mnist, images
-from digzsl_jax.runs import class_tokens
+from digzsl_jax.runs import class_tokens, pretrain
 from digzsl_jax.workspace import parse
 
 
@@ -29,6 +29,7 @@ def token_settings(**changes):
     ({"stepps": 3}, r"config.tokens: unknown fields \['stepps'\]"),
     ({"gradient": "first"}, "config.tokens.gradient is 'first'; it must be 'last' or 'x0'"),
     ({"gradient": "x0", "grad_calls": 2}, "grad_calls is 2"),
+    ({"gradient": "x0", "sampler": "pndm"}, "config.tokens.sampler is 'pndm'; it must be 'ddim' for the gradient path"),
     ({"template": "a photo of {name}"}, 'config.tokens.template "a photo of {name}" must contain'),
 ])
 def test_settings(changes, message):
@@ -93,8 +94,33 @@ def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):
     with pytest.raises(ValueError, match=f"stage {lacking} has not finished"):
       run(tiny_config, tmp_path, *stages)
     assert not list(tmp_path.iterdir())
-  with pytest.raises(ValueError, match="config.models.sd is 'nowhere', but there is no folder"):
-    command.dig_zsl(config | {"models": config["models"] | {"sd": "nowhere"}}, tmp_path, logs.Log(tmp_path), False)
+  for section, field, others in (("models", "sd", {}), ("cdm", "encoder", {"kind": "mlp"})):
+    wrong = {section: config[section] | others | {field: "nowhere"}}
+    with pytest.raises(ValueError, match=f"config.{section}.{field} is 'nowhere', but there is no folder"):
+      command.dig_zsl(config | wrong, tmp_path, logs.Log(tmp_path), False)
+
+
+@pytest.mark.parametrize("section, field, message", [
+    ("corpora", None, r"config has unknown or lacks sections \['corpora'\]"),
+    ("corpus", "mixups", r"config.corpus has unknown or lacks fields \['mixups'\]"),
+    ("vae", "kll", r"config.vae has unknown or lacks fields \['kll'\]")])
+def test_unknown_field_of_pretraining(section, field, message, tiny_pretraining, tmp_path):
+  config = tiny_pretraining.to_dict()
+  config.setdefault(section, {})[field] = 1
+  with pytest.raises(ValueError, match=message):
+    pretrain.run(config, tmp_path, logs.Log(tmp_path), False)
+  config = tiny_pretraining.to_dict()
+  config["clip"]["training"]["rate"] = 1
+  with pytest.raises(ValueError, match=r"config.clip.training: unknown fields \['rate'\]"):
+    pretrain.run(config, tmp_path, logs.Log(tmp_path), False)
+  assert not list(tmp_path.iterdir())
+
+
+def test_workdir_of_another_method(tmp_path):
+  files.write_json(tmp_path / "config.json", {"method": "pretrain"})
+  checkpoint.check_method(tmp_path, "pretrain")
+  with pytest.raises(ValueError, match="belongs to a run of config.method 'pretrain', not 'dig_zsl'"):
+    checkpoint.check_method(tmp_path, "dig_zsl")
 
 
 def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_path):
@@ -108,7 +134,8 @@ def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_pa
       ("tokens", "initial", "crimsonishly", "config.tokens: the initialiser 'crimsonishly' is"),
       ("generate", "sampler", "euler", "config.generate: .*'euler' is not supported"),
       ("classifier", "images", 99, "config.classifier: images is 99, but config.generate.images is 2"),
-      ("data", "train_per_class", -1, "config.data.train_per_class is -1")]:
+      ("data", "train_per_class", -1, "config.data.train_per_class is -1"),
+      ("data", "world", -1, "config.data: ")]:
     right = tiny_config[section][field]
     tiny_config[section][field] = wrong
     refused(message)

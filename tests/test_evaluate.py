@@ -141,6 +141,19 @@ def test_lambda_curve(results):
   assert len(results["lambda_curve"]["plain"]) == 21
 
 
+def test_images_curve(results):
+  assert results["images_curve"]["learned"] == [{"images": count, "T1": 100} for count in (1, 2, MADE)]
+  assert results["images_curve"]["plain"] == [{"images": count, "T1": 0} for count in (1, 2, MADE)]
+
+
+def test_judge_of_other_classes_is_refused(tmp_path):
+  ws = make_workspace(tmp_path)
+  evaluate.validate(None, ws)
+  ws.judge[1]["heads"]["colour"].remove("cyan")
+  with pytest.raises(ValueError, match="'cyan' fits 0 of them.*config.models.judge"):
+    evaluate.validate(None, ws)
+
+
 def test_agreement_of_generated_images(results):
   found = dict(results["generated"])
   per_class = found.pop("per_class")

@@ -20,7 +20,7 @@ TEST = ("plain crimson star", "plain orange star", "striped gold cross", "checke
         "plain crimson triangle", "striped green ring")
 VALIDATION = ("plain teal circle", "striped violet square", "checked gold star")
 SECTIONS = ("accuracy", "pictures", "classes", "tokens", "losses", "lambda-curve",
-            "times", "appendix")
+            "images-curve", "times", "appendix")
 
 
 def fake_results(rng) -> dict:
@@ -54,6 +54,8 @@ def fake_results(rng) -> dict:
     "generated": agreement | {"per_class": per_class},
     "validation": {"czsl": {"T1": 51.0}, "gzsl": {"U": 44.0, "S": 70.0, "H": 54.0}},
     "lambda_curve": {"learned": curve(0.3), "plain": curve(0.45)},
+    "images_curve": {source: [{"images": n, "T1": t1 - 20 / n} for n in (3, 6, 12, 24)]
+                     for source, t1 in (("learned", 49.2), ("plain", 33.1))},
     "seconds": {"cdm": 12.1, "tokens": 184.3, "generate": 61.0, "classifier": 9.4, "evaluate": 1.2},
     "devices": "1 x cpu"}
 

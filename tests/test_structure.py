@@ -1,4 +1,4 @@
-"""What DESIGN promises about the code as a whole: who imports whom, sizes, and no setting without effect."""
+"""What holds for the code as a whole: who imports whom, sizes, and no setting without effect."""
 
 import ast
 import pathlib

@@ -64,7 +64,7 @@ def test_card(world):
     return found[1]
 
   digest = checkpoint.fingerprint({name: checkpoint.fingerprint_folder(folder / name) for name in MODELS})
-  assert stated(r"sha256 \(first 16 hex digits\)\W*([0-9a-f]{16})\b") == digest
+  assert stated(r"sha256 over all files \(first 16 hex digits\)\W*([0-9a-f]{16})\b") == digest
   size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
   assert int(stated(r"([\d,]+) bytes").replace(",", "")) == size
   config = stated(r"python -m digzsl_jax\.main --config=(\S+\.py)")

@@ -17,12 +17,15 @@ def load(settings: Mapping) -> splits.Dataset:
   arguments = dict(settings)
   name = arguments.pop("name", None)
   if name not in LOADERS:
-    raise ValueError(f'data set name is "{name}": choose one of {", ".join(LOADERS)}')
+    raise ValueError(f'config.data.name is "{name}": choose one of {", ".join(LOADERS)}')
   known = inspect.signature(LOADERS[name]).parameters
   unknown = [key for key in arguments if key not in known]
   if unknown:
-    raise ValueError(f'data set {name} has no setting "{unknown[0]}"; it has {", ".join(known)}')
+    raise ValueError(f'config.data: {name} has no setting "{unknown[0]}"; it has {", ".join(known)}')
   for field, least in (("train_per_class", 1), ("test_per_class", 1), ("seed", 0)):
     if arguments.get(field, least) < least:
       raise ValueError(f"config.data.{field} is {arguments[field]}; it must be at least {least}")
-  return LOADERS[name](**arguments)
+  try:
+    return LOADERS[name](**arguments)
+  except ValueError as error:
+    raise ValueError(f"config.data: {error}") from error

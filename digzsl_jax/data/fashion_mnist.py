@@ -126,7 +126,7 @@ def read(part: str, folder: str | None = None, source: str = "files") -> splits.
   if not place.is_dir():
     raise ValueError(f"Fashion-MNIST not found: no folder {place}. Run `apt install dataset-fashion-mnist`, "
                      "or put the four official files from https://github.com/zalandoresearch/fashion-mnist "
-                     "in a folder and name it in config.data.folder")
+                     "in a folder and name it in the setting `folder`")
   images_nhw = read_idx(_find(place, f"{_STEMS[part]}-images-idx3-ubyte"), 3)
   labels_path = _find(place, f"{_STEMS[part]}-labels-idx1-ubyte")
   labels_n = read_idx(labels_path, 1)

@@ -97,7 +97,7 @@ class Encoder(nnx.Module):
     return jnp.concatenate([pooled_bd.astype(jnp.float32), embeds_bp], axis=-1)
 
 
-def load_encoder(name: str, clip: CLIPModel, clip_folder: os.PathLike) -> Encoder:
+def load_encoder(name: str | os.PathLike, clip: CLIPModel, clip_folder: os.PathLike) -> Encoder:
   """The encoder `name`: "clip" for the run's own, else the folder of a Hugging Face ViT.
 
   Raises:

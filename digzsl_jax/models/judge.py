@@ -54,7 +54,8 @@ def targets(config: Mapping, name: str) -> dict[str, int]:
   for head, labels in config["heads"].items():
     rows = [row for row, label in enumerate(labels) if label in words]
     if len(rows) != 1:
-      raise ValueError(f"the judge's head {head!r} knows {list(labels)}; the class {name!r} fits {len(rows)} of them")
+      raise ValueError(f"the judge's head {head!r} knows {list(labels)}; the class {name!r} fits {len(rows)} of them. "
+                       "Choose a judge of these classes, or none with config.models.judge=''")
     found[head] = rows[0]
   return found
 

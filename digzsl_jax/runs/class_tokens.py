@@ -99,6 +99,8 @@ class Settings:
       check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     for name in ("learning_rate", "clip_norm", "temperature"):
       check(getattr(self, name) > 0, name, getattr(self, name), "positive")
+    check(self.sampler in ("", "ddim") or self.gradient == "last", "sampler", self.sampler,
+          "'ddim' for the gradient path 'x0', which walks by it")
     check(self.grad_calls in (0, 1) or self.gradient == "last", "grad_calls", self.grad_calls,
           "0 or 1 for the gradient path 'x0', which differentiates one call")
     check(self.grad_calls >= 0, "grad_calls", self.grad_calls, "0 (as the reference) or more")

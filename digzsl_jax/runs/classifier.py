@@ -4,8 +4,10 @@ For each task one classifier for each source of the unseen images: "learned" (cl
 name alone, same noise) and "real" (real training images, where the data set has them: the upper bound).
 They share seen images, initial weights and the number of unseen images, so only the source differs.
 
-Leaves the folders `<task>_<source>` and `features.safetensors`: rows of all generated images under
-`<task>.<source>`, `[u, m, f]`.
+The test task's are also trained with a half, a quarter and an eighth of the generated images, for T1 against N_gen.
+
+Leaves the folders `<task>_<source>`, with fewer images `test_<source>_<images>`, and `features.safetensors`:
+rows of all generated images under `<task>.<source>`, `[u, m, f]`.
 
 Shapes: n real seen image, u unseen class, m image of a class, f feature row, k class (seen, then unseen),
 s source.
@@ -156,11 +158,23 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
   used = columns(settings.features, width, features["train"].shape[1])
   model = Classifier(used, settings.hidden, len(classes), rngs=nnx.Rngs(ws.seed))
   model.standardise_by(features["train"])
-  models, loss_s = fit(model, features["train"], labels_n, np.stack(list(unseen.values())), settings)
-  for source, model in zip(unseen, models):
-    hub.save(model, folder / f"{task.name}_{source}", dtype=np.float32, config={
-        "columns": used, "hidden": settings.hidden, "classes": classes, "source": source})
-  return {f"{task.name}_{source}": {"loss": round(float(loss), 4)} for source, loss in zip(unseen, loss_s)}
+  groups, summary = {settings.images: unseen}, {}
+  if task.name == "test":
+    groups |= fewer_images(made, settings.images)
+  for images, group in groups.items():
+    models, loss_s = fit(model, features["train"], labels_n, np.stack(list(group.values())), settings)
+    for source, trained, loss in zip(group, models, loss_s):
+      name = f"{task.name}_{source}" + ("" if images == settings.images else f"_{images}")
+      hub.save(trained, folder / name, dtype=np.float32, config={
+          "columns": used, "hidden": settings.hidden, "classes": classes, "source": source, "images": images})
+      summary[name] = {"loss": round(float(loss), 4)}
+  return summary
+
+
+def fewer_images(made: dict[str, np.ndarray], images: int) -> dict[int, dict[str, np.ndarray]]:
+  """`[u, m, f]` by source: the first half, quarter and eighth of `images`, as far as they are whole numbers."""
+  counts = [images // parts for parts in (2, 4, 8) if images % parts == 0]
+  return {count: {source: rows_umf[:, :count] for source, rows_umf in made.items()} for count in counts}
 
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:

@@ -70,6 +70,11 @@ def softmax(logits_nk: jax.Array) -> np.ndarray:
   return powers_nk / powers_nk.sum(-1, keepdims=True)
 
 
+def test_features(real: Mapping[str, np.ndarray], task: str) -> np.ndarray:
+  """`[n, f]`"""
+  return np.concatenate([real[f"{task}.test_seen"], real[f"{task}.test_unseen"]])
+
+
 def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]) -> Scores:
   """Probabilities of the baselines without images (CLIP, CDM) and of the classifiers.
 
@@ -80,10 +85,10 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
   names = [ws.dataset.names[label] for label in classes]
   labels_n = task.positions(np.concatenate([task.test_seen.labels_n, task.test_unseen.labels_n]))
   prototypes_kp = ws.prototypes_kd[list(classes)]
-  features_nf = np.concatenate([real[f"{task.name}.test_seen"], real[f"{task.name}.test_unseen"]])
+  features_nf = test_features(real, task.name)
   embeds_np = features_nf[:, -prototypes_kp.shape[1]:]
   if ws.config["cdm"]["encoder"] != cdm.CLIP:
-    encode = cdm.batched(cdm.Encoder(ws.clip, resolve(ws.models.clip, "clip")))
+    encode = cdm.batched(cdm.Encoder(ws.clip, resolve(ws.models.clip, "models.clip")))
     images = (task.test_seen.images_nhwc, task.test_unseen.images_nhwc)
     embeds_np = np.concatenate([encode(images_nhwc) for images_nhwc in images])[:, -prototypes_kp.shape[1]:]
   found = {"clip_zero_shot": softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_np @ prototypes_kp.T)}
@@ -141,6 +146,22 @@ def measure(scores: Scores, lambdas: Mapping[str, float], oracle: Mapping[str, f
                                             "gap_closed": None if closed is None else round(closed, 4)}
 
 
+def images_curve(ws: Workspace, scores: Scores, real: Mapping[str, np.ndarray]) -> dict[str, list[dict[str, float]]]:
+  """T1 on the test task against the number of generated images of a class, by source.
+
+  Args:
+    real: feature rows of stage cdm.
+  """
+  features_nf, curves = test_features(real, "test"), {}
+  for source in ("learned", "plain"):
+    folders = [path for path in ws.folder("classifier").glob(f"test_{source}*") if path.is_dir()]
+    found = {hub.read_json(path / "config.json")["images"]: softmax(hub.load(Classifier, path)(features_nf))
+             for path in folders}
+    t1 = {count: conventional(scores._replace(probabilities_nk=found), count)["T1"] for count in sorted(found)}
+    curves[source] = [{"images": count, "T1": value} for count, value in t1.items()]
+  return curves
+
+
 def judge_hits(ws: Workspace, folder: pathlib.Path, manifest: dict, source: str,
                names: Sequence[str]) -> dict[str, np.ndarray]:
   """Share of each class's images in which the judge sees that class, exactly and up to mixed-up words."""
@@ -179,6 +200,13 @@ def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) 
   return {key: percent(share_u.mean()) for key, share_u in found.items()} | {"per_class": per_class}
 
 
+def validate(settings: Settings, ws: Workspace) -> None:
+  """Raises ValueError for classes that the judge does not know."""
+  for task in ws.tasks.values() if ws.judge else ():
+    for label in task.unseen:
+      judge.targets(ws.judge[1], ws.dataset.names[label])
+
+
 def complete(ws: Workspace, folder: pathlib.Path) -> bool:
   return (ws.workdir / "results.json").exists()
 
@@ -199,6 +227,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   results = measured["test"] | {
       "dataset": ws.dataset.name, "classes": {"seen": len(ws.dataset.seen), "unseen": len(ws.dataset.unseen)},
       "seed": ws.seed, "validation": measured["validation"], "devices": logs.devices(ws.mesh.devices.flat),
+      "images_curve": images_curve(ws, scores["test"], real),
       "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in ("learned", "plain")},
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items()
                   if stage.done}}

@@ -25,6 +25,7 @@ from digzsl_jax import checkpoint, diffusion, files, loop, losses
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
 from digzsl_jax.logs import Log, memory_and_flops, parameter_table, write_provenance
 from digzsl_jax.models import clip, hub, judge, stable_diffusion, unet, vae
+from digzsl_jax.workspace import parse
 
 
 class Corpus(NamedTuple):
@@ -37,16 +38,20 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(settings: Mapping, seed: int) -> Corpus:
-  """Pictures, captions and true names of a world, in an order that has no meaning."""
-  if settings["name"] == "scenes":
-    images, captions, attributes_na = scenes.web_corpus(settings["images"], seed, mixup=settings["mixup"],
-                                                        target_share=settings["target_share"])
-    return Corpus(images, captions, [scenes.NAMES[k] for k in scenes.class_number(*attributes_na.T)], scenes.WORDS)
-  if settings["name"] == "fashion_mnist":
-    images, captions, labels = fashion_mnist.web_corpus(settings["folder"], settings["images"], seed,
-                                                        settings["mixup"], settings["source"])
+  """Pictures, captions and true names of a world, in an order that has no meaning.
+
+  Raises:
+    ValueError: pictures that are not there, or an impossible setting.
+  """
+  arguments = {field: value for field, value in settings.items() if field not in ("name", "images")}
+  try:
+    if settings["name"] == "scenes":
+      images, captions, attributes_na = scenes.web_corpus(settings["images"], seed, **arguments)
+      return Corpus(images, captions, [scenes.NAMES[k] for k in scenes.class_number(*attributes_na.T)], scenes.WORDS)
+    images, captions, labels = fashion_mnist.web_corpus(n=settings["images"], seed=seed, **arguments)
     return Corpus(images, captions, [fashion_mnist.NAMES[k] for k in labels], fashion_mnist.WORDS)
-  raise ValueError(f"config.corpus.name is {settings['name']!r}; known: 'scenes', 'fashion_mnist'")
+  except ValueError as error:
+    raise ValueError(f"config.corpus: {error}") from error
 
 
 def to_images(images_bhwc: jax.Array) -> jax.Array:
@@ -287,7 +292,7 @@ Trained from scratch by `runs/pretrain.py`; they open in transformers, diffusers
 | data | {data} |
 | seed | {seed} |
 | safetensors | {size:,} bytes, float16 |
-| sha256 (first 16 hex digits) | {digest} |
+| sha256 over all files (first 16 hex digits) | {digest} |
 
 Held-out figures, on {held_out} captioned pictures of the corpus that no part trained on:
 
@@ -331,11 +336,32 @@ NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": 
          "export": ("tokenizer", "vae", "clip", "judge", "sd")}
 
 
+FIELDS = {"tokenizer": {"length"}, "vae": {"model", "kl", "training"}, "judge": {"model", "training"},
+          "clip": {"projection_dim", "text", "vision", "training"}, "sd": {"drop", "unet", "scheduler", "training"},
+          "export": {"folder"}}
+CORPORA = {"scenes": {"name", "images", "mixup", "target_share"},
+           "fashion_mnist": {"name", "images", "mixup", "folder", "source"}}
+
+
+def check_fields(config: Mapping) -> None:
+  """Raises ValueError for a section or field that nothing reads, and for one that is missing."""
+  if wrong := set(config) ^ {"method", "seed", "stages", "corpus", *PARTS}:
+    raise ValueError(f"config has unknown or lacks sections {sorted(wrong)}")
+  if (name := config["corpus"].get("name")) not in CORPORA:
+    raise ValueError(f"config.corpus.name is {name!r}; known: {sorted(CORPORA)}")
+  for section, known in (("corpus", CORPORA[name]), *FIELDS.items()):
+    if wrong := set(config[section]) ^ known:
+      raise ValueError(f"config.{section} has unknown or lacks fields {sorted(wrong)}")
+    if "training" in known:
+      parse(loop.Training, config[section]["training"], f"{section}.training")
+
+
 def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None:
   """Runs the parts named in `config["stages"]`, each skipped when its result is there.
 
   A dry run goes through all of them with a handful of pictures and no training, in a temporary folder.
   """
+  check_fields(config)
   asked = checkpoint.choose(config["stages"], PARTS)
   if dry_run:
     print("stages:", ", ".join(asked))

@@ -4,7 +4,8 @@ Reads, beside what the stages `tokens` and `generate` leave, `results.json` of t
 keys only `dataset` and `czsl` have to be there; a part of the page whose numbers are missing is left out.
 Accuracies and agreements are in percent. `czsl.per_class`, of the run and of each baseline, is {class: T1};
 `generated.per_class` is {class: {keys as in `generated`}}, where `plain_sd_` begins what belongs to plain
-Stable Diffusion. `lambda_curve` holds, by source ("learned", "plain"), lists of {"lambda":, "U":, "S":, "H":}.
+Stable Diffusion. `lambda_curve` holds, by source ("learned", "plain"), lists of {"lambda":, "U":, "S":, "H":},
+`images_curve` lists of {"images":, "T1":}.
 
 Shapes: n image, h w pixel, c colour channel.
 """
@@ -74,7 +75,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
   results = files.read_json(path)
   parts = [header(results, ws), headline(results, settings.published), grids(results, ws, settings),
            class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws), lambda_curves(results),
-           stage_times(results, ws.stages), appendix(results, ws.config)]
+           images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
   text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
   files.write_text(ws.workdir / "report.html", text)
   return {"bytes": len(text)}
@@ -338,6 +339,25 @@ def lambda_panel(title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
     text = tag("text", f"{name} {ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height, class_=f"value {name.lower()}")
     parts += (axes.curve(xs, ys, name.lower()), text)
   return tag("figure", tag("h3", title), axes.svg(f"{title}: U, S, H against \u03bb", *parts))
+
+
+def images_curve(results: Mapping) -> Html | None:
+  """T1 against the number of generated images of a class (N_gen)."""
+  found = {source: points for source in SOURCES if (points := (results.get("images_curve") or {}).get(source))}
+  if not found:
+    return None
+  counts = [point["images"] for points in found.values() for point in points]
+  axes = page.Axes(500, 290, (0, max(counts)), (0, 100), (34, 62, 20, 34))
+  heights = page.spread([axes.y(points[-1]["T1"]) + 4 for points in found.values()], 13)
+  lines = (join(axes.curve([point["images"] for point in points], [point["T1"] for point in points], source),
+                tag("text", page.number(points[-1]["T1"]), x=axes.x(max(counts)) + 6, y=height,
+                    class_=f"value {source}"))
+           for (source, points), height in zip(found.items(), heights))
+  return page.section(
+    "images-curve", "Number of generated images", "T1 of classifiers trained with fewer generated images of each "
+    "unseen class: where a line is flat, more of the same images would not help.",
+    page.legend(*((source, SOURCES[source]) for source in found)),
+    tag("figure", axes.svg("T1 against generated images", axes.frame("generated images of a class"), *lines)))
 
 
 def duration(seconds: float) -> str:
