@@ -1,7 +1,7 @@
 """The foundation models of the Fashion-MNIST world, trained on captions of the official training images.
 
 Command: python -m digzsl_jax.main --config=configs/pretrain_fashion_mnist.py --workdir=runs/pretrain_fashion_mnist
-Took: 2 hours and 48 minutes on two CPU cores that other work shared all the time (jax 0.10.2).
+Took: 1 hour and 43 minutes on two CPU cores that other work shared half of the time (jax 0.10.2).
 Result: autoencoder 27.1 dB, judge 88.7 %, plain pictures right 77.5 %, up to mixed-up words 100.0 %.
 """
 

@@ -24,6 +24,11 @@ def write_arrays(path: os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def read_arrays(path: os.PathLike) -> dict[str, np.ndarray]:
+  """Reads a safetensors file as numpy arrays by name.
+
+  Raises:
+    ValueError: the file is missing or damaged.
+  """
   try:
     return safetensors.numpy.load_file(path)
   except (safetensors.SafetensorError, OSError) as error:
@@ -88,6 +93,7 @@ class Stage:
 
   @property
   def fingerprint(self) -> str:
+    """Of the inputs; it is among the inputs of the stages that read this one."""
     return fingerprint(self.inputs)
 
   @property
@@ -142,6 +148,7 @@ class Stage:
     self.finish(dict(results or {}, seconds=seconds))
 
   def results(self) -> dict[str, Any]:
+    """The summary of a finished stage, as `finish` wrote it."""
     return read_json(self.folder / "done.json")
 
 

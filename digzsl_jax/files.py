@@ -33,14 +33,30 @@ def write_atomic(path: os.PathLike, write: Callable[[pathlib.Path], object]) -> 
 
 
 def write_text(path: os.PathLike, text: str) -> None:
+  """Writes UTF-8 text with `write_atomic`.
+
+  Raises:
+    OSError: as `write_atomic`.
+  """
   write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: os.PathLike, value: Any) -> None:
+  """Writes indented JSON with sorted keys.
+
+  Raises:
+    OSError: as `write_atomic`.
+  """
   write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_json(path: os.PathLike) -> Any:
+  """Reads what `write_json` wrote.
+
+  Raises:
+    ValueError: the file is not valid JSON.
+    OSError: it is absent or cannot be read.
+  """
   try:
     return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   except ValueError as error:

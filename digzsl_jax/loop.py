@@ -29,11 +29,14 @@ class Training:
   average: float = 0.999
 
   def optimiser(self) -> optax.GradientTransformation:
+    """That of the settings; warm-up takes a tenth of the steps, at most 200."""
     rate = optax.warmup_cosine_decay_schedule(0.0, self.learning_rate, min(200, self.steps // 10), self.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=self.weight_decay))
 
 
 class TrainState(NamedTuple):
+  """What an update changes and a checkpoint holds."""
+
   step: jax.Array
   params: nnx.State
   average: nnx.State
@@ -69,16 +72,20 @@ class Loop:
 
   @functools.cached_property
   def parts(self) -> tuple[nnx.GraphDef, nnx.State]:
+    """The structure of `model`, and the weights that training starts from."""
     return nnx.split(self.model)
 
   def start(self) -> TrainState:
+    """The state before the first update."""
     params = self.parts[1]
     return TrainState(jnp.int32(0), params, jax.tree.map(jnp.copy, params), self.training.optimiser().init(params))
 
   def value(self, params: nnx.State, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict]:
+    """`loss` as a function of the weights: `(scalar, metrics)`."""
     return self.loss(nnx.merge(self.parts[0], params), frozen, batch, key)
 
   def step(self, state: TrainState, frozen: Any, data: Any) -> tuple[TrainState, dict]:
+    """One update on rows drawn by seed and step, so that a resumed run draws the same: `(state, metrics)`."""
     rows = jax.tree.leaves(data)[0].shape[0] - HELD_OUT
     key = jax.random.fold_in(jax.random.key(self.seed), state.step)
     picks = jax.random.randint(jax.random.fold_in(key, 0), (self.training.batch,), 0, rows)

@@ -82,6 +82,7 @@ def read_flags(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> None:
+  """Runs the method that the config names; a user's mistake ends it with a message, not a traceback."""
   if arguments[1:]:
     sys.exit(f"error: {arguments[1:]} not understood; settings are written --config.section.field=value")
   logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not that there is no TPU

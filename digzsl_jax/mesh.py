@@ -43,6 +43,7 @@ def by_class(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
+  """A whole copy on every device."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 

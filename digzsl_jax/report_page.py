@@ -167,6 +167,7 @@ def known(value: object) -> bool:
 
 
 def number(value: object, digits: int = 1) -> str:
+  """A value with `digits` decimals, a dash if it is not known."""
   return f"{value:.{digits}f}" if known(value) else "\u2013"
 
 
@@ -202,11 +203,13 @@ class Axes:
   margins: tuple[float, float, float, float] = (34, 30, 20, 34)
 
   def x(self, value: float) -> float:
+    """Pixels from the left edge."""
     left, right, _, _ = self.margins
     low, high = self.x_range
     return round(left + (value - low) / ((high - low) or 1) * (self.width - left - right), 1)
 
   def y(self, value: float) -> float:
+    """Pixels from the top edge."""
     _, _, top, bottom = self.margins
     low, high = self.y_range
     return round(self.height - bottom - (value - low) / ((high - low) or 1) * (self.height - top - bottom), 1)

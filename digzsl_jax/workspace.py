@@ -133,10 +133,12 @@ class Workspace:
 
   @functools.cached_property
   def data_fingerprint(self) -> str:
+    """Short SHA-256 of names, lists, labels and images."""
     return splits.fingerprint(self.dataset)[:16]
 
   @functools.cached_property
   def dataset(self) -> splits.Dataset:
+    """The data set of the config, whose counts go to the log."""
     dataset = datasets.load(self.config["data"])
     self.log.say(splits.summary(dataset))
     return dataset
@@ -156,6 +158,7 @@ class Workspace:
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
+    """Stable Diffusion; section `tokens` says whether its gradients save memory (`remat`)."""
     return stable_diffusion.load(resolve(self.models.sd, "models.sd"), remat=self.config["tokens"]["remat"])
 
   @functools.cached_property

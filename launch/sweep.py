@@ -60,11 +60,13 @@ def combinations(settings: Iterable[str]) -> list[dict[str, str]]:
 
 
 def workdir(out: pathlib.Path, chosen: Mapping[str, str]) -> pathlib.Path:
+  """The folder of a combination, named by its settings."""
   name = ",".join(f"{field}={value}" for field, value in chosen.items()) or "default"
   return out / name.replace("/", "_").replace(" ", "")
 
 
 def command(config: str, folder: pathlib.Path, chosen: Mapping[str, str]) -> list[str]:
+  """The command line that runs a combination."""
   return [sys.executable, "-m", "digzsl_jax.main", f"--config={config}", f"--workdir={folder}",
           *(f"--config.{field}={value}" for field, value in chosen.items())]
 
@@ -77,6 +79,7 @@ def entry(results: Mapping, path: str) -> float | None:
 
 
 def spread(numbers: Sequence[float]) -> str:
+  """Mean ± sample standard deviation, to one decimal; the mean of a single number, a dash for none."""
   if not numbers:
     return "–"
   mean = f"{statistics.fmean(numbers):.1f}"
@@ -102,6 +105,7 @@ def table(runs: Iterable[tuple[Mapping[str, str], pathlib.Path]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+  """Prints command lines, runs them or prints the table, as asked; 1 if a run failed."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="a file of configs/")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...", dest="settings")

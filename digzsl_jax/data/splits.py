@@ -11,10 +11,13 @@ import numpy as np
 
 
 class LabelledImages(NamedTuple):
+  """Images and their labels, row by row."""
+
   images_nhwc: np.ndarray  # uint8
   labels_n: np.ndarray  # int32, positions in `Dataset.names`
 
   def take(self, rows) -> "LabelledImages":
+    """The images and labels of `rows`: indices, or a mask `[n]`."""
     return LabelledImages(self.images_nhwc[rows], self.labels_n[rows])
 
 

@@ -64,6 +64,7 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
+    """How many ids there are, special tokens included."""
     return self._backend.get_vocab_size()
 
   def ids(self, text: str) -> list[int]:

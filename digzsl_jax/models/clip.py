@@ -79,6 +79,11 @@ def _embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
 
 
 class SelfAttention(nnx.Module):
+  """Multi-head self-attention that shows its weights and values.
+
+  Raises:
+    ValueError: the number of heads does not divide the width.
+  """
 
   def __init__(self, config: TextConfig | VisionConfig, *, dtype, rngs: nnx.Rngs):
     self.heads = config.num_attention_heads
@@ -100,6 +105,7 @@ class SelfAttention(nnx.Module):
 
 
 class MLP(nnx.Module):
+  """Two linear layers with the config's activation between them."""
 
   def __init__(self, config: TextConfig | VisionConfig, *, dtype, rngs: nnx.Rngs):
     self.activation = layers.activation(config.hidden_act)
@@ -111,6 +117,7 @@ class MLP(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
+  """Attention, then feed-forward, each after a norm and beside a shortcut."""
 
   def __init__(self, config: TextConfig | VisionConfig, *, dtype, rngs: nnx.Rngs):
     norm = lambda: layers.layer_norm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
@@ -129,6 +136,7 @@ class EncoderLayer(nnx.Module):
 
 
 class Encoder(nnx.Module):
+  """Layers one after another; `out` has "hidden", "attention" and "values", as in `CLIPTextModel`."""
 
   def __init__(self, config: TextConfig | VisionConfig, *, dtype, rngs: nnx.Rngs):
     self.layers = nnx.List([EncoderLayer(config, dtype=dtype, rngs=rngs)
@@ -145,6 +153,7 @@ class Encoder(nnx.Module):
 
 
 class TextEmbeddings(nnx.Module):
+  """Both tables of the text tower; a call adds positions to token embeddings `[b, l, d]`, learnt ones too."""
 
   def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
     width = config.hidden_size
@@ -181,6 +190,7 @@ class CLIPTextModel(nnx.Module):
 
   @staticmethod
   def reference_name(name: str) -> str:
+    """The checkpoint key of an attribute path."""
     # transformers 4 insists on the prefix, transformers 5 takes both.
     return f"text_model.{name}"
 
@@ -216,6 +226,7 @@ class CLIPTextModel(nnx.Module):
 
 
 class VisionEmbeddings(nnx.Module):
+  """Images `[b, i, j, c]` to positions `[b, l, d]`: the class position, then the patches row by row."""
 
   def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
     width, patch = config.hidden_size, config.patch_size
@@ -258,6 +269,7 @@ class CLIPVisionModel(nnx.Module):
 
   @staticmethod
   def reference_name(name: str) -> str:
+    """The checkpoint key of an attribute path."""
     return f"vision_model.{name}"
 
   def __call__(self, images_bijc: jax.Array) -> tuple[jax.Array, dict]:
@@ -294,6 +306,7 @@ class CLIPModel(nnx.Module):
 
   @staticmethod
   def canonical_name(name: str) -> str | None:
+    """The attribute path of a checkpoint key; None for the position counters, which are no parameters."""
     return None if name.endswith(".embeddings.position_ids") else name
 
   def encode_text(self, ids_bl: jax.Array, embeds_bld: jax.Array | None = None) -> tuple[jax.Array, dict]:

@@ -83,6 +83,7 @@ def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs: nnx.R
 
 
 def layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  """Layer norm (arXiv 1607.06450) with a two-pass variance, for the reason that `GroupNorm` gives."""
   return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
 
 
@@ -128,6 +129,7 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
 
 
 def split_heads(x_bld: jax.Array, heads: int) -> jax.Array:
+  """`[b, l, heads * d]` to `[b, l, heads, d]`."""
   return x_bld.reshape(*x_bld.shape[:-1], heads, x_bld.shape[-1] // heads)
 
 

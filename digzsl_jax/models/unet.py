@@ -89,6 +89,7 @@ class UNetConfig:
 
 
 class TimestepEmbedding(nnx.Module):
+  """Two linear layers with SiLU between them, from `timestep_waves` to what every resnet takes."""
 
   def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs):
     self.linear_1 = layers.linear(inputs, outputs, dtype=dtype, rngs=rngs)
@@ -110,6 +111,7 @@ class GEGLU(nnx.Module):
 
 
 class FeedForward(nnx.Module):
+  """GEGLU to four times the width, and linearly back."""
 
   def __init__(self, width: int, *, dtype, rngs: nnx.Rngs):
     # The reference holds its dropout at index 1.
@@ -139,6 +141,7 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
+  """A transformer block over all pixels, between two projections and beside a shortcut."""
 
   def __init__(self, width: int, heads: int, config: UNetConfig, *, dtype, rngs: nnx.Rngs):
     def project():
@@ -180,6 +183,7 @@ class Block(nnx.Module):
       for n, (_, outputs) in zip(heads, widths)])
 
   def layer(self, n: int, time_bd: jax.Array, text_bld: jax.Array, *parts_bijd: jax.Array) -> jax.Array:
+    """Resnet `n` on the parts, joined along their channels, and its attention where there is one."""
     pair = self.resnets[n], self.attentions[n]
     return layers.call(_layer, pair, time_bd, text_bld, *parts_bijd, remat=self.remat)
 

@@ -86,6 +86,7 @@ class Level(nnx.Module):
     self.upsamplers = nnx.List([layers.Upsample2D(outputs, **own)] if up else [])
 
   def order(self) -> list[nnx.Module]:
+    """The layers in the order in which they run."""
     return [*self.resnets, *self.downsamplers, *self.upsamplers]
 
 
@@ -98,6 +99,7 @@ class MidBlock(nnx.Module):
     self.attentions = nnx.List([PixelAttention(width, groups, **own)] * config.mid_block_add_attention)
 
   def order(self) -> list[nnx.Module]:
+    """The layers in the order in which they run."""
     return [self.resnets[0], *self.attentions, self.resnets[1]]
 
 
@@ -113,6 +115,7 @@ class Tower(nnx.Module):
     self.conv_out = layers.conv(widths[-1], outputs, 3, **last)
 
   def run(self, x_bijd: jax.Array, blocks) -> jax.Array:
+    """The whole tower, with the layers of `blocks` in the middle."""
     x_bijd = self.conv_in(x_bijd)
     for block in blocks:
       for layer in block.order():

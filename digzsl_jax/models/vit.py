@@ -35,6 +35,7 @@ class ViTConfig:
 
 
 class PatchEmbeddings(nnx.Module):
+  """The convolution that makes patches, where checkpoints have it."""
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     self.projection = layers.conv(config.num_channels, config.hidden_size, config.patch_size,
@@ -42,6 +43,7 @@ class PatchEmbeddings(nnx.Module):
 
 
 class Embeddings(nnx.Module):
+  """Images `[b, i, j, c]` to positions `[b, l, d]`: the class position, then the patches row by row."""
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     width, length = config.hidden_size, (config.image_size // config.patch_size)**2 + 1
@@ -62,6 +64,7 @@ class Embeddings(nnx.Module):
 
 
 class Projections(nnx.Module):
+  """Queries, keys and values, where checkpoints have them."""
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     width, bias = config.hidden_size, config.qkv_bias
@@ -71,12 +74,18 @@ class Projections(nnx.Module):
 
 
 class Dense(nnx.Module):
+  """A linear layer, one level down as checkpoints have it."""
 
   def __init__(self, inputs: int, outputs: int, *, dtype, rngs: nnx.Rngs):
     self.dense = layers.linear(inputs, outputs, dtype=dtype, rngs=rngs)
 
 
 class SelfAttention(nnx.Module):
+  """Multi-head self-attention that shows its weights.
+
+  Raises:
+    ValueError: the number of heads does not divide the width.
+  """
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     self.heads = config.num_attention_heads
@@ -93,6 +102,7 @@ class SelfAttention(nnx.Module):
 
 
 class Layer(nnx.Module):
+  """Attention, then feed-forward, each after a norm and beside a shortcut."""
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     width, inner = config.hidden_size, config.intermediate_size
@@ -111,6 +121,7 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
+  """The layers, where checkpoints have them; `ViT` calls them one by one."""
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     self.layer = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
@@ -139,6 +150,7 @@ class ViT(nnx.Module):
     return None if is_dropped else name
 
   def reference_name(self, name: str) -> str:
+    """The checkpoint key of an attribute path."""
     # transformers keeps the backbone under `vit.` only where a head stands beside it.
     return name if self.classifier is None or name.startswith("classifier.") else f"vit.{name}"
 

@@ -208,6 +208,7 @@ def spare_slots(settings: Settings, devices: jax.sharding.Mesh) -> int:
 
 
 def live(slots: Slots) -> jax.Array:
+  """Which slots hold a class that has not stopped, `[c]`."""
   return (slots.class_c >= 0) & (slots.reason_c == 0)
 
 
@@ -307,6 +308,7 @@ def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classe
 
 
 def empty_outcome(settings: Settings, classes: int, width: int) -> Outcome:
+  """An outcome in which no class has finished."""
   curve = np.full((classes, settings.max_updates), np.nan, np.float32)
   zeros = np.zeros(classes, np.int32)
   return Outcome(zeros, np.zeros((classes, width), np.float32), zeros.copy(), zeros.copy(), curve, curve.copy())

@@ -48,6 +48,7 @@ class Settings:
 
 
 def percent(fraction: float) -> float:
+  """A fraction in percent, to two decimals."""
   return round(100 * float(fraction), 2)
 
 
@@ -60,6 +61,7 @@ class Scores(NamedTuple):
   probabilities_nk: dict[str, np.ndarray]  # by method
 
   def curve(self, method: str, lambda_l: np.ndarray) -> metrics.Curve:
+    """U, S and H of a method for every lambda, as fractions."""
     return metrics.lambda_curve(self.probabilities_nk[method], self.labels_n, self.is_seen_k, lambda_l,
                                 self.names_k)
 
@@ -106,6 +108,7 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
 
 
 def points(curve: metrics.Curve) -> list[dict[str, float]]:
+  """A curve as `results.json` holds it, in percent."""
   return [{"lambda": float(lam), "U": percent(unseen), "S": percent(seen), "H": percent(harmonic)}
           for lam, unseen, seen, harmonic in zip(*curve)]
 
@@ -208,6 +211,7 @@ def validate(settings: Settings, ws: Workspace) -> None:
 
 
 def complete(ws: Workspace, folder: pathlib.Path) -> bool:
+  """Whether `results.json` is there; it lies outside the stage's folder."""
   return (ws.workdir / "results.json").exists()
 
 

@@ -55,6 +55,7 @@ def load_corpus(settings: Mapping, seed: int) -> Corpus:
 
 
 def to_images(images_bhwc: jax.Array) -> jax.Array:
+  """uint8 pictures as float32 in [-1, 1]."""
   return images_bhwc.astype(jnp.float32) / 127.5 - 1
 
 
@@ -131,14 +132,17 @@ class World:
 
   @functools.cached_property
   def tokenizer(self) -> tokenizer.Tokenizer:
+    """What the part `tokenizer` wrote."""
     return tokenizer.Tokenizer.from_folder(self.workdir / "tokenizer")
 
   @functools.cached_property
   def ids_nl(self) -> jax.Array:
+    """Token ids of the captions."""
     return jnp.asarray(self.tokenizer(self.corpus.captions))
 
   @functools.cached_property
   def images_nhwc(self) -> jax.Array:
+    """The pictures of the corpus, uint8."""
     return jnp.asarray(self.corpus.images_nhwc)
 
   def fit(self, name: str, part: Mapping, model: nnx.Module, loss: Callable, data: Any, frozen: Any = None):
@@ -152,11 +156,13 @@ class World:
 
 
 def train_tokenizer(world: World, part: Mapping) -> dict:
+  """Writes a tokenizer in which every word of the corpus is one token."""
   tokenizer.train_bpe(world.corpus.words, world.workdir / "tokenizer", length=part["length"])
   return {"vocabulary": world.tokenizer.vocab_size}
 
 
 def train_vae(world: World, part: Mapping) -> dict:
+  """Trains the autoencoder and writes it as a diffusers folder, whose `scaling_factor` gives latents unit variance."""
   config = dict(part["model"], _class_name="AutoencoderKL", scaling_factor=1.0)
   model, held = world.fit("vae", part, loop.build(vae.AutoencoderKL, config, world.seed),
                           functools.partial(vae_loss, part["kl"]), world.images_nhwc)
@@ -174,6 +180,7 @@ def encode(model: vae.AutoencoderKL, images_nhwc: jax.Array, batch: int = 512) -
 
 
 def train_clip(world: World, part: Mapping) -> dict:
+  """Trains CLIP on pictures and captions; a transformers folder with its `preprocessor_config.json`."""
   words, shared = world.tokenizer, {"projection_dim": part["projection_dim"]}
   text = dict(part["text"], model_type="clip_text_model", vocab_size=words.vocab_size, bos_token_id=words.bos_id,
               eos_token_id=words.eos_id, pad_token_id=words.pad_id, max_position_embeddings=words.length)
@@ -195,6 +202,11 @@ def preprocessor(size: int) -> dict:
 
 
 def train_judge(world: World, part: Mapping) -> dict:
+  """Trains the judge on the true names of the pictures, not on their captions.
+
+  Raises:
+    ValueError: a head has none or several labels for a name.
+  """
   config = part["model"]
   rows = [judge.targets(config, name) for name in world.corpus.labels]
   labels = {head: jnp.array([row[head] for row in rows]) for head in config["heads"]}

@@ -64,6 +64,7 @@ class Settings:
 
 
 def complete(ws: Workspace, folder: pathlib.Path) -> bool:
+  """Whether `report.html` is there; it lies outside the stage's folder."""
   return (ws.workdir / "report.html").exists()
 
 
@@ -202,6 +203,7 @@ def data_uri(image_hwc: np.ndarray, longest: int) -> str:
 
 
 def strip(pictures: Sequence[np.ndarray], columns: int, source: str, name: str, longest: int) -> Html:
+  """Pictures `[h, w, c]` of one class and source in a grid of `columns`, no side longer than `longest` pixels."""
   cells = (tag("img", src=data_uri(picture, longest), alt=f"{name}, {source}, {index}",
                class_="pixels" if max(picture.shape[:2]) <= 64 else None)
            for index, picture in enumerate(pictures))
@@ -299,6 +301,7 @@ def loss_curves(ws: Workspace) -> Html | None:
 
 
 def loss_panel(name: str, curve: Mapping, limit: float) -> Html:
+  """Loss of one class up to `limit`, CDM accuracy, and the step whose token is kept."""
   loss, accuracy, kept = curve["loss"], curve.get("accuracy", []), curve.get("best_step")
   axes = page.Axes(230, 120, (0, max(len(loss) - 1, 1)), (0, limit), (28, 8, 6, 18))
   share = dataclasses.replace(axes, y_range=(0, 1))
@@ -324,6 +327,7 @@ def lambda_curves(results: Mapping) -> Html | None:
 
 
 def lambda_panel(title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
+  """U, S and H of one source, with the chosen lambda and, where there is one, the oracle's."""
   points = sorted(points, key=lambda point: point["lambda"])
   xs = [point["lambda"] for point in points]
   axes = page.Axes(500, 290, (xs[0], xs[-1]), (0, 100), (34, 62, 36, 34))
@@ -361,12 +365,14 @@ def images_curve(results: Mapping) -> Html | None:
 
 
 def duration(seconds: float) -> str:
+  """In seconds, from 90 of them in minutes, from 90 minutes in hours."""
   if seconds < 90:
     return f"{seconds:.1f} s"
   return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def stage_times(results: Mapping, stages: Iterable[str]) -> Html | None:
+  """Seconds of each stage; None where none are recorded."""
   seconds = ordered(results.get("seconds", {}), stages)
   if not seconds:
     return None
