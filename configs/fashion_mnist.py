@@ -1,8 +1,8 @@
 """DIG-ZSL on Fashion-MNIST: real photographs, five seen and five unseen classes.
 
 Command: python -m digzsl_jax.main --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
-Took: 129 to 214 seconds on two shared virtual CPU cores (jax 0.10.2).
-Result: T1 71.8 +- 0.4, H 70.5 +- 1.1 over three seeds; plain Stable Diffusion 70.2 +- 0.5, 68.7 +- 0.7.
+Took: 129 to 290 seconds on two shared virtual CPU cores (jax 0.10.2).
+Result: T1 71.8 +- 0.4, H 70.5 +- 1.0 over three seeds; plain Stable Diffusion 70.2 +- 0.5, 68.7 +- 0.7.
 """
 
 from configs import base
