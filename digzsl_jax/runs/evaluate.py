@@ -73,7 +73,7 @@ def softmax(logits_nk: jax.Array) -> np.ndarray:
 
 
 def test_features(real: Mapping[str, np.ndarray], task: str) -> np.ndarray:
-  """`[n, f]`"""
+  """Feature rows `[n, f]` of the test images of `task`, those of seen classes first."""
   return np.concatenate([real[f"{task}.test_seen"], real[f"{task}.test_unseen"]])
 
 
