@@ -193,12 +193,18 @@ class Workspace:
     return np.asarray(self.sd.text_encoder.embed(jnp.array([[word]]))[0, 0])
 
   @functools.cached_property
-  def judge(self) -> tuple[judge.Judge, dict] | None:
-    """The judge and its config, which names its heads; None where the world ships none."""
+  def judge_config(self) -> dict | None:
+    """What names the judge's heads, without its weights; None where the world ships none."""
     if not self.models.judge:
       return None
-    folder = resolve(self.models.judge, "models.judge")
-    return hub.load(judge.Judge, folder), hub.read_json(folder / "config.json")
+    return hub.read_json(resolve(self.models.judge, "models.judge") / "config.json")
+
+  @functools.cached_property
+  def judge(self) -> tuple[judge.Judge, dict] | None:
+    """The judge and its config; None where the world ships none."""
+    if self.judge_config is None:
+      return None
+    return hub.load(judge.Judge, resolve(self.models.judge, "models.judge")), self.judge_config
 
   @functools.cached_property
   def cdm_encoder(self) -> cdm.Encoder:

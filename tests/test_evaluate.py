@@ -66,7 +66,7 @@ def make_workspace(folder, has_real=True):
   prototypes_kd = np.asarray(losses.normalise(jnp.float32(COLOURS)))
   return types.SimpleNamespace(
       config={"cdm": {"encoder": "clip", "kind": "residual", "temperature": 0.05}}, seed=3, workdir=folder,
-      log=logs.Log(folder), judge=judge, dataset=dataset, tasks=splits.tasks(dataset), stages={},
+      log=logs.Log(folder), judge=judge, judge_config=judge[1], dataset=dataset, tasks=splits.tasks(dataset), stages={},
       clip=types.SimpleNamespace(logit_scale=nnx.Param(jnp.float32(3))), folder=lambda name: folder / name,
       cdm_head=lambda task: folder / "cdm" / f"{task}_residual",
       models=types.SimpleNamespace(clip=str(folder)), cdm_encoder=types.SimpleNamespace(width=3),

@@ -205,9 +205,9 @@ def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) 
 
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError for classes that the judge does not know."""
-  for task in ws.tasks.values() if ws.judge else ():
+  for task in ws.tasks.values() if ws.judge_config else ():
     for label in task.unseen:
-      judge.targets(ws.judge[1], ws.dataset.names[label])
+      judge.targets(ws.judge_config, ws.dataset.names[label])
 
 
 def complete(ws: Workspace, folder: pathlib.Path) -> bool:

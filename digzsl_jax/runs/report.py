@@ -337,12 +337,18 @@ def lambda_panel(title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
     if (gzsl in entry or name == "chosen") and page.known(found["lambda"]) and xs[0] <= found["lambda"] <= xs[-1]:
       text = f"{name} {found['lambda']:.3g}, H {page.number(found['H'])}"
       parts.append(axes.vertical(found["lambda"], kind, text, lift))
-  lines = {name: [point.get(name) for point in points] for name in "USH" if page.known(points[-1].get(name))}
-  heights = page.spread([axes.y(ys[-1]) + 4 for ys in lines.values()], 13)
-  for (name, ys), height in zip(lines.items(), heights):
-    text = tag("text", f"{name} {ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height, class_=f"value {name.lower()}")
-    parts += (axes.curve(xs, ys, name.lower()), text)
-  return tag("figure", tag("h3", title), axes.svg(f"{title}: U, S, H against \u03bb", *parts))
+  lines = {name.lower(): (f"{name} ", [point.get(name) for point in points]) for name in "USH"
+           if page.known(points[-1].get(name))}
+  return tag("figure", tag("h3", title),
+             axes.svg(f"{title}: U, S, H against \u03bb", *parts, ended_curves(axes, xs, lines)))
+
+
+def ended_curves(axes: page.Axes, xs: Sequence[float], lines: Mapping[str, tuple[str, Sequence]]) -> Html:
+  """A curve for each CSS class, at its end what it is called and its last value, none over another."""
+  heights = page.spread([axes.y(ys[-1]) + 4 for _, ys in lines.values()], 13)
+  return join(*(join(axes.curve(xs, ys, kind), tag("text", f"{name}{ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height,
+                                                   class_=f"value {kind}"))
+                for (kind, (name, ys)), height in zip(lines.items(), heights)))
 
 
 def images_curve(results: Mapping) -> Html | None:
@@ -350,18 +356,15 @@ def images_curve(results: Mapping) -> Html | None:
   found = {source: points for source in SOURCES if (points := (results.get("images_curve") or {}).get(source))}
   if not found:
     return None
-  counts = [point["images"] for points in found.values() for point in points]
-  axes = page.Axes(500, 290, (0, max(counts)), (0, 100), (34, 62, 20, 34))
-  heights = page.spread([axes.y(points[-1]["T1"]) + 4 for points in found.values()], 13)
-  lines = (join(axes.curve([point["images"] for point in points], [point["T1"] for point in points], source),
-                tag("text", page.number(points[-1]["T1"]), x=axes.x(max(counts)) + 6, y=height,
-                    class_=f"value {source}"))
-           for (source, points), height in zip(found.items(), heights))
+  counts = [point["images"] for point in next(iter(found.values()))]  # the same for every source
+  axes = page.Axes(500, 290, (0, counts[-1]), (0, 100), (34, 62, 20, 34))
+  lines = {source: ("", [point["T1"] for point in points]) for source, points in found.items()}
   return page.section(
     "images-curve", "Number of generated images", "T1 of classifiers trained with fewer generated images of each "
     "unseen class: where a line is flat, more of the same images would not help.",
     page.legend(*((source, SOURCES[source]) for source in found)),
-    tag("figure", axes.svg("T1 against generated images", axes.frame("generated images of a class"), *lines)))
+    tag("figure", axes.svg("T1 against generated images", axes.frame("generated images of a class"),
+                           ended_curves(axes, counts, lines))))
 
 
 def duration(seconds: float) -> str:
