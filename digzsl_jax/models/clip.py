@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digzsl_jax.models import layers
+from digzsl_jax.models.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,6 @@ class CLIPConfig:
     return cls(**fields)
 
 
-def _embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
-  return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(0.02), dtype=dtype, rngs=rngs)
-
-
 class SelfAttention(nnx.Module):
   """Multi-head self-attention that shows its weights and values.
 
@@ -90,9 +87,10 @@ class SelfAttention(nnx.Module):
     width = config.hidden_size
     if width % self.heads:
       raise ValueError(f"num_attention_heads {self.heads} does not divide hidden_size {width}")
-    self.q_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
-    self.k_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
-    self.v_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
+    own = dict(dtype=layers.types(dtype)[0], rngs=rngs)
+    self.q_proj = layers.linear(width, width, **own)
+    self.k_proj = layers.linear(width, width, **own)
+    self.v_proj = layers.linear(width, width, **own)
     self.out_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_bld: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -100,7 +98,7 @@ class SelfAttention(nnx.Module):
     values_bld = self.v_proj(x_bld)
     q, k, v = (layers.split_heads(y_bld, self.heads)
                for y_bld in (self.q_proj(x_bld), self.k_proj(x_bld), values_bld))
-    out_blhd, weights_bhlm = layers.attention(q, k, v, bias)
+    out_blhd, weights_bhlm = attention(q, k, v, bias)
     return self.out_proj(out_blhd.reshape(x_bld.shape)), weights_bhlm, values_bld
 
 
@@ -157,8 +155,8 @@ class TextEmbeddings(nnx.Module):
 
   def __init__(self, config: TextConfig, *, dtype, rngs: nnx.Rngs):
     width = config.hidden_size
-    self.token_embedding = _embedding(config.vocab_size, width, dtype=dtype, rngs=rngs)
-    self.position_embedding = _embedding(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
+    self.token_embedding = layers.embedding(config.vocab_size, width, dtype=dtype, rngs=rngs)
+    self.position_embedding = layers.embedding(config.max_position_embeddings, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, embeds_bld: jax.Array) -> jax.Array:
     length, longest = embeds_bld.shape[1], self.position_embedding.num_embeddings
@@ -171,7 +169,7 @@ class CLIPTextModel(nnx.Module):
   """The text tower, as in the `text_encoder` folder of Stable Diffusion."""
 
   def __init__(self, config: TextConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
-    self.dtype = dtype
+    self.dtype = layers.types(dtype)[1]
     self.eos_token_id = config.eos_token_id
     self.embeddings = TextEmbeddings(config, dtype=dtype, rngs=rngs)
     self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
@@ -230,11 +228,11 @@ class VisionEmbeddings(nnx.Module):
 
   def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
     width, patch = config.hidden_size, config.patch_size
-    self.image_size, self.dtype = config.image_size, dtype
+    self.image_size, self.dtype = config.image_size, layers.types(dtype)[1]
     self.class_embedding = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width,)))
     self.patch_embedding = layers.conv(config.num_channels, width, patch, stride=patch, padding=0, bias=False,
                                        dtype=dtype, rngs=rngs)
-    self.position_embedding = _embedding((config.image_size // patch)**2 + 1, width, dtype=dtype, rngs=rngs)
+    self.position_embedding = layers.embedding((config.image_size // patch)**2 + 1, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     b, i, j, _ = images_bijc.shape

@@ -153,7 +153,7 @@ def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object
       elif not jnp.issubdtype(value.dtype, jnp.floating):
         unfit.append(f"{key} is of type {value.dtype}, wanted a floating type")
       else:
-        filled[path] = jnp.asarray(value, param_dtype)
+        filled[path] = jnp.asarray(value, variable.dtype)
   missing = sorted(variables.keys() - keys.keys())
   problems = [f"{title} ({len(names)}): {', '.join(names)}" for title, names in
               (("missing", missing), ("unexpected", sorted(unexpected)), ("unfit", sorted(unfit))) if names]

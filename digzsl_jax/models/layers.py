@@ -3,7 +3,17 @@
 Attribute paths of the models are the reference checkpoint's parameter names; only the last word
 differs (`weight` is `kernel`, `scale` or `embedding` here), which `hub.py` translates.
 
-Shapes: b batch, l m positions, h heads, d width of one head or of the model, i j height and width.
+Every model takes a `dtype`, and `types` says what it means:
+
+  "float32"   everything in float32, as PyTorch by default
+  "bfloat16"  weights, products and what passes between layers in bfloat16: half the memory
+  "mixed"     weights and products in bfloat16, what passes between layers in float32
+
+In each of them dot products are summed, softmax is taken and norms find their statistics in float32; so do the
+VAE's last layers everything. A `jnp` type means everything in that type.
+
+Shapes: b batch, l m positions, h heads, d width of one head or of the model, i j height and width, x y inputs
+and outputs of a product, n everything else.
 """
 
 import dataclasses
@@ -14,25 +24,76 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from digzsl_jax.models.attention import attend
+
+
+DTYPES = ("float32", "bfloat16", "mixed")
+
+
+def types(dtype) -> tuple[jnp.dtype, jnp.dtype]:
+  """Of the weights and inputs of a product, and of what it puts out."""
+  if dtype == "mixed":
+    return jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+  return jnp.dtype(dtype), jnp.dtype(dtype)
+
 
 class Linear(nnx.Linear):
   """`nnx.Linear` over two axes: XLA:CPU computes the weight's gradient several times slower over more."""
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.out_features)
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    out_ny = product(inputs.reshape(-1, self.in_features), self.kernel[...])
+    if self.bias is not None:
+      out_ny += self.bias[...]
+    return out_ny.astype(self.dtype).reshape(*inputs.shape[:-1], self.out_features)
 
 
 def linear(inputs: int, outputs: int, *, bias: bool = True, dtype, rngs: nnx.Rngs) -> Linear:
-  return Linear(inputs, outputs, use_bias=bias, dtype=dtype, rngs=rngs)
+  weights, out = types(dtype)
+  return Linear(inputs, outputs, use_bias=bias, dtype=out, param_dtype=weights, rngs=rngs)
+
+
+def product(inputs_nx: jax.Array, kernel_xy: jax.Array) -> jax.Array:
+  """`inputs @ kernel` in the kernel's type with float32 sums, and so are its gradients.
+
+  Sums put out in 16 bits would be several times slower on a CPU (docs/precision.md).
+  """
+  dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
+  low = lambda x: x.astype(kernel_xy.dtype)
+  if kernel_xy.dtype == jnp.float32:
+    return dot(low(inputs_nx), kernel_xy)
+
+  @jax.custom_vjp
+  def both_low(inputs_nx, kernel_xy):
+    return dot(low(inputs_nx), kernel_xy)
+
+  def backward(saved, grad_ny):
+    inputs_nx, kernel_xy = saved
+    grad_ny = low(grad_ny)
+    return dot(grad_ny, kernel_xy.T).astype(inputs_nx.dtype), low(dot(low(inputs_nx).T, grad_ny))
+
+  both_low.defvjp(lambda inputs_nx, kernel_xy: (both_low(inputs_nx, kernel_xy), (inputs_nx, kernel_xy)), backward)
+  return both_low(inputs_nx, kernel_xy)
+
+
+class Conv(nnx.Conv):
+  """`nnx.Conv` whose output has a type of its own."""
+
+  def __init__(self, *args, out, **options):
+    super().__init__(*args, **options)
+    self.out = out
+
+  def __call__(self, x_bijd: jax.Array) -> jax.Array:
+    return super().__call__(x_bijd).astype(self.out)
 
 
 def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding=None, bias: bool = True,
-         dtype, rngs: nnx.Rngs) -> nnx.Conv:
+         dtype, rngs: nnx.Rngs) -> Conv:
   """Square convolution over `[b, i, j, channel]`; padding defaults to `kernel // 2` on every side."""
   pad = kernel // 2 if padding is None else padding
   pads = ((pad, pad),) * 2 if isinstance(pad, int) else tuple(pad)
-  return nnx.Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=pads, use_bias=bias,
-                  conv_general_dilated=convolve, dtype=dtype, rngs=rngs)
+  weights, out = types(dtype)
+  return Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=pads, use_bias=bias,
+              conv_general_dilated=convolve, dtype=weights, param_dtype=weights, out=out, rngs=rngs)
 
 
 def convolve(x_bijc: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
@@ -79,12 +140,20 @@ class GroupNorm(nnx.GroupNorm):
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> GroupNorm:
-  return GroupNorm(channels, groups, epsilon=epsilon, dtype=dtype, rngs=rngs)
+  out = types(dtype)[1]
+  return GroupNorm(channels, groups, epsilon=epsilon, dtype=out, param_dtype=out, rngs=rngs)
 
 
 def layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
   """Layer norm (arXiv 1607.06450) with a two-pass variance, for the reason that `GroupNorm` gives."""
-  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=dtype, rngs=rngs)
+  out = types(dtype)[1]
+  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=out, param_dtype=out, rngs=rngs)
+
+
+def embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
+  """A table of vectors."""
+  out = types(dtype)[1]
+  return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(0.02), dtype=out, param_dtype=out, rngs=rngs)
 
 
 def activation(name: str):
@@ -94,38 +163,6 @@ def activation(name: str):
   if name not in known:
     raise ValueError(f"hidden_act {name!r} is not supported; use one of {sorted(known)}")
   return known[name]
-
-
-def softmax(logits: jax.Array) -> jax.Array:
-  """Over the last axis, by one reciprocal a row.
-
-  XLA turns the quotients in the gradient of `jax.nn.softmax` into products or not depending on what it
-  partitions, and rounds accordingly; class tokens must not depend on the number of devices.
-  """
-  powers = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-  return powers * (1 / powers.sum(-1, keepdims=True))
-
-
-def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
-              bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-  """Scaled dot-product attention with a float32 softmax.
-
-  Args:
-    q_blhd: queries.
-    k_bmhd: keys.
-    v_bmhd: values.
-    bias: added to the logits, broadcastable to `[b, h, l, m]`; `-inf` masks.
-
-  Returns:
-    `(out_blhd, weights_bhlm)`; under `jit` unused weights cost nothing extra.
-  """
-  logits_bhlm = jnp.einsum("blhd,bmhd->bhlm", q_blhd, k_bmhd, preferred_element_type=jnp.float32)
-  logits_bhlm *= q_blhd.shape[-1] ** -0.5
-  if bias is not None:
-    logits_bhlm += bias
-  weights_bhlm = softmax(logits_bhlm)
-  out_blhd = jnp.einsum("bhlm,bmhd->blhd", weights_bhlm.astype(v_bmhd.dtype), v_bmhd)
-  return out_blhd, weights_bhlm
 
 
 def split_heads(x_bld: jax.Array, heads: int) -> jax.Array:
@@ -178,15 +215,16 @@ class Attention(nnx.Module):
 
   def __init__(self, width: int, context: int, heads: int, *, bias: bool, dtype, rngs: nnx.Rngs):
     self.heads = heads
-    self.to_q = linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
-    self.to_k = linear(context, width, bias=bias, dtype=dtype, rngs=rngs)
-    self.to_v = linear(context, width, bias=bias, dtype=dtype, rngs=rngs)
+    own = dict(bias=bias, dtype=types(dtype)[0], rngs=rngs)  # their products meet in another one
+    self.to_q = linear(width, width, **own)
+    self.to_k = linear(context, width, **own)
+    self.to_v = linear(context, width, **own)
     self.to_out = nnx.List([linear(width, width, dtype=dtype, rngs=rngs)])
 
   def __call__(self, x_bld: jax.Array, context_bmd: jax.Array) -> jax.Array:
     q_blhd, k_bmhd, v_bmhd = (split_heads(projected, self.heads) for projected in
                               (self.to_q(x_bld), self.to_k(context_bmd), self.to_v(context_bmd)))
-    out_blhd, _ = attention(q_blhd, k_bmhd, v_bmhd)
+    out_blhd = attend(q_blhd, k_bmhd, v_bmhd)
     return self.to_out[0](out_blhd.reshape(*out_blhd.shape[:2], -1))
 
 

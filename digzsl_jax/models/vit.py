@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digzsl_jax.models import layers
+from digzsl_jax.models.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Embeddings(nnx.Module):
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     width, length = config.hidden_size, (config.image_size // config.patch_size)**2 + 1
-    self.image_size, self.dtype = config.image_size, dtype
+    self.image_size, self.dtype = config.image_size, layers.types(dtype)[1]
     self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
     self.position_embeddings = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, length, width)))
     self.patch_embeddings = PatchEmbeddings(config, dtype=dtype, rngs=rngs)
@@ -68,9 +69,10 @@ class Projections(nnx.Module):
 
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     width, bias = config.hidden_size, config.qkv_bias
-    self.query = layers.linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
-    self.key = layers.linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
-    self.value = layers.linear(width, width, bias=bias, dtype=dtype, rngs=rngs)
+    own = dict(bias=bias, dtype=layers.types(dtype)[0], rngs=rngs)
+    self.query = layers.linear(width, width, **own)
+    self.key = layers.linear(width, width, **own)
+    self.value = layers.linear(width, width, **own)
 
 
 class Dense(nnx.Module):
@@ -97,7 +99,7 @@ class SelfAttention(nnx.Module):
   def __call__(self, x_bld: jax.Array) -> tuple[jax.Array, jax.Array]:
     projections = self.attention.query, self.attention.key, self.attention.value
     q, k, v = (layers.split_heads(project(x_bld), self.heads) for project in projections)
-    out_blhd, weights_bhlm = layers.attention(q, k, v)
+    out_blhd, weights_bhlm = attention(q, k, v)
     return self.output.dense(out_blhd.reshape(x_bld.shape)), weights_bhlm
 
 

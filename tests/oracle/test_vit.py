@@ -82,11 +82,15 @@ def test_transformers_opens_what_save_writes(tmp_path, classifier):
     _close(feature_bd, opened(_pixels()).last_hidden_state[:, 0])
 
 
-def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
-  model = vit.ViT.from_json(CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("dtype, out, kernel, norm", [("float32",) * 4, ("bfloat16",) * 4,
+                                                     ("mixed", "float32", "bfloat16", "float32")])
+def test_types_of_features_and_parameters(dtype, out, kernel, norm):
+  model = vit.ViT.from_json(CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
   feature_bd, _ = model(IMAGES)
-  assert feature_bd.dtype == jnp.bfloat16
-  assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.float32)}
+  assert feature_bd.dtype == out
+  assert model.encoder.layer[0].intermediate.dense.kernel.dtype == kernel
+  assert model.embeddings.patch_embeddings.projection.kernel.dtype == kernel
+  assert model.layernorm.scale.dtype == norm
 
 
 def test_images_of_another_size_are_refused():
