@@ -1,0 +1,28 @@
+"""What every command line of the package does before its work and with a user's mistake."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+
+
+def start() -> None:
+  """Keeps compiled programs for the next run, and JAX's remarks on absent accelerators from the screen."""
+  logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/digzsl_jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@contextlib.contextmanager
+def answer_in_one_line(hint: str) -> Iterator[None]:
+  """A wrong value or file ends the program with a message and `hint` instead of a traceback."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    if os.environ.get("DIGZSL_TRACEBACK"):
+      raise
+    sys.exit(f"error: {error}\n(set DIGZSL_TRACEBACK=1 for the traceback; {hint})")

@@ -1,0 +1,118 @@
+"""Command line: `python -m digzsl_jax.verify --checkpoint FOLDER`; the exit status tells whether all parts agree.
+
+Each side runs in a process of its own, so that neither sees the other's memory or threads.
+"""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+from absl import app, flags
+
+from digzsl_jax import checkpoint, cli, files
+from digzsl_jax.data import tokenizer
+from digzsl_jax.models import hub
+from digzsl_jax.verify import parts
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Diffusers folder of Stable Diffusion 1.x/2.x, or a hub id.",
+                                 required=True)
+PARTS = flags.DEFINE_list("parts", list(parts.BOUNDS), "Which parts to compare.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "mixed"],
+                          "Type of our computation; PyTorch's is float32, and only float32 is judged.")
+SIZE = flags.DEFINE_integer("size", 0, "Height and width of the latents, 0 for what the denoiser was trained on.")
+REPEATS = flags.DEFINE_integer("repeats", 2, "Calls after the first; the quickest counts.", lower_bound=0)
+REPORT = flags.DEFINE_string("report", None, "Also write the table to this file, as JSON.")
+
+
+def shapes(folder: pathlib.Path, size: int) -> parts.Shapes:
+  """What inputs the folder's models take."""
+  unet, vae = (hub.read_json(folder / part / "config.json") for part in ("unet", "vae"))
+  words = tokenizer.Tokenizer.from_folder(folder / "tokenizer")
+  side = size or unet["sample_size"]
+  return parts.Shapes((side, side, unet["in_channels"]), 2 ** (len(vae["block_out_channels"]) - 1),
+                      (words.length, unet["cross_attention_dim"]))
+
+
+def run_side(module: str, *arguments: str) -> None:
+  """One side as a process; what it says goes to the screen."""
+  # XLA's default scheduler on a CPU keeps what gradient checkpointing throws away.
+  flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+  environment = os.environ | {"XLA_FLAGS": f"{flag} {os.environ.get('XLA_FLAGS', '')}"}
+  status = subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
+  if status:
+    raise ValueError(f"{module} ended with status {status}; its message stands above"
+                     + (": the system ended it, perhaps for want of memory" if status < 0 else ""))
+
+
+def compare(exchange: pathlib.Path, names: list[str], judged: bool) -> list[dict]:
+  """A row for every part: largest answer, error over it, bound, and both sides' figures."""
+  ours, theirs = (checkpoint.read_arrays(exchange / f"{side}.safetensors") for side in ("jax", "torch"))
+  figures = {side: files.read_json(exchange / f"{side}.json") for side in ("jax", "torch")}
+  rows = []
+  for name in names:
+    errors, scales = [], []
+    for key in (key for key in theirs if key.partition("/")[0] == name):
+      got, want = (side[key].astype(np.float64) for side in (ours, theirs))
+      if got.shape != want.shape:
+        raise ValueError(f"{name}: ours is {got.shape}, PyTorch's {want.shape}")
+      scale = np.abs(want).max()
+      # A gradient is small by nature: its error counts beside its own size.
+      scales.append(scale)
+      errors.append(np.abs(got - want).max() / (scale if "gradient" in name else max(scale, 1.0)))
+    error = max(errors)
+    rows.append({"part": name, "largest": max(scales), "error": error, "bound": parts.BOUNDS[name],
+                 "agrees": bool(error <= parts.BOUNDS[name]) if judged else None,
+                 **{f"{side}_{field}": figures[side][name][field] for side in ("jax", "torch")
+                    for field in ("load", "first", "seconds", "peak")}})
+  return rows
+
+
+def table(rows: list[dict]) -> str:
+  """The rows in Markdown."""
+  lines = ["| part | largest | error | bound | | load s | first call s | call s | PyTorch s | peak GiB | PyTorch GiB |",
+           "|---|---|---|---|---|---|---|---|---|---|---|"]
+  for row in rows:
+    verdict = {True: "agrees", False: "DIFFERS", None: "not judged"}[row["agrees"]]
+    lines.append(f"| {row['part']} | {row['largest']:.2g} | {row['error']:.1e} | {row['bound']:.0e} | {verdict} | "
+                 f"{row['jax_load']:.1f} | {row['jax_first']:.1f} | {row['jax_seconds']:.2f} | "
+                 f"{row['torch_seconds']:.2f} | {row['jax_peak']:.1f} | {row['torch_peak']:.1f} |")
+  return "\n".join(lines)
+
+
+def verify(folder: pathlib.Path, names: list[str], exchange: pathlib.Path) -> list[dict]:
+  """Runs both sides on the same inputs and compares their answers."""
+  if unknown := sorted(set(names) - set(parts.BOUNDS)):
+    raise ValueError(f"--parts: {unknown} unknown; known are {list(parts.BOUNDS)}")
+  words = tokenizer.Tokenizer.from_folder(folder / "tokenizer")
+  arrays = parts.inputs(shapes(folder, SIZE.value)) | {"ids_bl": words(parts.TEXTS[:3])}
+  checkpoint.write_arrays(exchange / "inputs.safetensors", arrays)
+  common = (str(folder), str(exchange), str(REPEATS.value))
+  run_side("digzsl_jax.verify.reference", *common, *names)
+  run_side("digzsl_jax.verify.ours", *common, DTYPE.value, *names)
+  return compare(exchange, names, judged=DTYPE.value == "float32")
+
+
+def main(arguments: list[str]) -> None:
+  """Compares, prints the table and ends with status 1 if a part differs."""
+  if arguments[1:]:
+    sys.exit(f"error: {arguments[1:]} not understood")
+  absent = [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
+  if absent:
+    sys.exit(f"error: {', '.join(absent)} not installed, which this compares with: pip install torch==2.13.0, then "
+             "pip install 'digzsl_jax[oracle]'")
+  with cli.answer_in_one_line("nothing was changed"), tempfile.TemporaryDirectory() as exchange:
+    folder = hub.locate(CHECKPOINT.value, hub.STABLE_DIFFUSION)
+    rows = verify(folder, PARTS.value, pathlib.Path(exchange))
+    print(table(rows))
+    if REPORT.value:
+      files.write_json(REPORT.value, rows)
+  if differing := [row["part"] for row in rows if row["agrees"] is False]:
+    sys.exit(f"error: {', '.join(differing)} differ from PyTorch's by more than their bounds")
+
+
+if __name__ == "__main__":
+  app.run(main)
