@@ -67,7 +67,7 @@ def check(scheduler, steps, sampler, strength=1.0, exact=False, **settings):
   """Compares timesteps and all latents, from noise or, with `strength`, from a picture."""
   scheduler.set_timesteps(steps)
   begin = steps - min(int(steps * strength), steps)  # StableDiffusionImg2ImgPipeline.get_timesteps
-  timesteps, noise, fresh = scheduler.timesteps[begin:], torch.from_numpy(NOISE), jnp.asarray(FRESH)
+  timesteps, noise = scheduler.timesteps[begin:], torch.from_numpy(NOISE)
   if hasattr(scheduler, "set_begin_index"):
     scheduler.set_begin_index(begin)
   if exact:
@@ -83,11 +83,11 @@ def check(scheduler, steps, sampler, strength=1.0, exact=False, **settings):
 
   def denoise(x_bhwz, t):
     seen.append(t.item())
-    return toy(jnp, x_bhwz, t)
+    return toy(np, np.asarray(x_bhwz), np.float32(t))
 
   with jax.disable_jit():  # nothing to compile, and `t` is concrete
     for call in range(sampler.calls):
-      carries.append(sampler.run(denoise, carries[-1], call, call + 1, lambda call: fresh[call]))
+      carries.append(sampler.run(denoise, carries[-1], call, call + 1, lambda call: FRESH[int(call)]))
   assert seen == sampler.timesteps.tolist()
   if sampler.timesteps.dtype == np.float32 and scheduler.config.get("use_karras_sigmas"):
     # PyTorch's square root is off by one bit at times, and so is then a timestep that is found by its sigma.
@@ -108,7 +108,7 @@ def test_trajectories(kind, prediction, spacing):
   scheduler = cls(**STABLE_DIFFUSION, **extra, prediction_type=prediction, timestep_spacing=spacing)
   schedule = read(scheduler)
   assert schedule.kind == kind.partition("_")[0] or kind in CLASSES
-  for steps in (1, 2, 3, 4, 5, 7, 12, 30, 50):
+  for steps in (1, 2, 3, 4, 5, 7, 12, 25, 50):
     check(scheduler, steps, diffusion.make_sampler(schedule, steps))
 
 
