@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digzsl_jax import diffusion
+from digzsl_jax import diffusion, samplers
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "diffusion.npz")
-CLASS = {kind: cls for cls, kind in diffusion.KINDS.items()}
+CLASS = {kind: cls for cls, kind in samplers.KINDS.items()}
 STABLE_DIFFUSION = dict(
   beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
   set_alpha_to_one=False, skip_prk_steps=True)
 NOISE = jnp.asarray(GOLDENS["noise"])
+FRESH = jnp.asarray(GOLDENS["fresh"])
 KINDS = tuple(CLASS)
+
+
+def fresh(call):
+  return FRESH[call]
 
 
 def schedule(kind="ddim", **config):
@@ -41,25 +46,33 @@ def test_golden_alphas(shape):
 @pytest.mark.parametrize("name", [name[:-len("/latents")] for name in GOLDENS if name.endswith("/latents")])
 def test_golden_trajectories(name):
   kind, prediction, spacing, steps = name.split("/")
-  plan = schedule(kind, prediction_type=prediction, timestep_spacing=spacing)
-  sampler = diffusion.make_sampler(plan, int(steps))
+  plan = schedule("ddim", prediction_type=prediction, timestep_spacing=spacing)
+  sampler = diffusion.make_sampler(plan, int(steps), kind)
   expected = GOLDENS[f"{name}/latents"]
-  np.testing.assert_array_equal(sampler.timesteps, GOLDENS[f"{name}/timesteps"])
+  if kind == "euler_karras":  # fractions that are found through float32 logarithms
+    np.testing.assert_array_max_ulp(sampler.timesteps, GOLDENS[f"{name}/timesteps"], 2)
+  else:
+    np.testing.assert_array_equal(sampler.timesteps, GOLDENS[f"{name}/timesteps"])
+  assert sampler.timesteps.dtype == GOLDENS[f"{name}/timesteps"].dtype
   assert sampler.calls == int(steps) + (kind == "pndm")
+  assert sampler.stochastic == (kind in ("dpm++_sde_karras", "euler_ancestral", "lcm") and int(steps) > 1)
 
+  unit = np.ones(sampler.calls + 1) if sampler.scale is None else np.append(sampler.scale, 1)  # as the denoiser sees it
   with jax.disable_jit():
     carry = sampler.start(NOISE)
+    np.testing.assert_allclose(carry.x_bhwz * unit[0], expected[0] * unit[0], rtol=0, atol=1e-6)
     for call in range(sampler.calls):
-      carry = sampler.run(toy, carry, call, call + 1)
-      np.testing.assert_allclose(carry.x_bhwz, expected[call + 1], rtol=0, atol=1e-5)
-  last = jax.jit(lambda noise: diffusion.sample(toy, noise, sampler))(NOISE)
+      carry = sampler.run(toy, carry, call, call + 1, fresh)
+      size = unit[call + 1]
+      np.testing.assert_allclose(carry.x_bhwz * size, expected[call + 1] * size, rtol=0, atol=1e-5)
+  last = jax.jit(lambda noise: diffusion.sample(toy, noise, sampler, fresh))(NOISE)
   np.testing.assert_allclose(last, expected[-1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranges_of_calls_compose(kind):
   sampler = diffusion.make_sampler(schedule(kind), 6)
-  run = jax.jit(lambda carry, start, stop: sampler.run(toy, carry, start, stop), static_argnums=(1, 2))
+  run = jax.jit(lambda carry, start, stop: sampler.run(toy, carry, start, stop, fresh), static_argnums=(1, 2))
   whole = run(sampler.start(NOISE), 0, sampler.calls)
   for cut in (0, 1, 3, sampler.calls - 1):
     parts = run(run(sampler.start(NOISE), 0, cut), cut, sampler.calls)
@@ -72,10 +85,11 @@ def test_ranges_of_calls_compose(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_leaf_of_the_carry_leads_with_the_batch(kind):
   sampler = diffusion.make_sampler(schedule(kind), 6)
-  carry = sampler.run(toy, sampler.start(NOISE), 0, 4)
+  carry = sampler.run(toy, sampler.start(NOISE), 0, 4, fresh)
   assert all(leaf.shape[0] == len(NOISE) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(carry))
-  swapped = sampler.run(toy, jax.tree.map(lambda leaf: leaf[::-1], carry), 4, sampler.calls)
-  straight = sampler.run(toy, carry, 4, sampler.calls)
+  backwards = lambda call: fresh(call)[::-1]
+  swapped = sampler.run(toy, jax.tree.map(lambda leaf: leaf[::-1], carry), 4, sampler.calls, backwards)
+  straight = sampler.run(toy, carry, 4, sampler.calls, fresh)
   np.testing.assert_allclose(swapped.x_bhwz[::-1], straight.x_bhwz, rtol=0, atol=1e-6)
 
 
@@ -83,14 +97,14 @@ def test_every_leaf_of_the_carry_leads_with_the_batch(kind):
 def test_gradient_of_the_last_calls(kind):
   sampler = diffusion.make_sampler(schedule(kind), 6)
   cut = sampler.calls - 2
-  prefix = sampler.run(toy, sampler.start(NOISE), 0, cut)
+  prefix = sampler.run(toy, sampler.start(NOISE), 0, cut, fresh)
 
   def suffix(gain):
-    return (sampler.run(lambda x, t: toy(x, t, gain), prefix, cut, sampler.calls).x_bhwz ** 2).sum()
+    return (sampler.run(lambda x, t: toy(x, t, gain), prefix, cut, sampler.calls, fresh).x_bhwz ** 2).sum()
 
   def whole(gain):  # every call, but only the last two see the gain as a variable
     last = lambda t: jnp.where(t <= sampler.timesteps[cut], gain, jax.lax.stop_gradient(gain))
-    return (diffusion.sample(lambda x, t: toy(x, t, last(t)), NOISE, sampler) ** 2).sum()
+    return (diffusion.sample(lambda x, t: toy(x, t, last(t)), NOISE, sampler, fresh) ** 2).sum()
 
   gradient = jax.grad(suffix)(2.0)
   assert abs(gradient) > 1e-3
@@ -99,21 +113,91 @@ def test_gradient_of_the_last_calls(kind):
 
 @pytest.mark.parametrize("kind,prediction", [
   ("ddim", "epsilon"), ("ddim", "v_prediction"), ("pndm", "epsilon"), ("dpm++", "epsilon"),
-  ("dpm++", "v_prediction")])
+  ("dpm++", "v_prediction"), ("euler", "epsilon"), ("euler", "v_prediction")])
 def test_a_perfect_denoiser_is_followed_exactly(kind, prediction):
   """With the true noise, each latent is the forward process at its timestep, and x0 predictions are x0."""
   plan = schedule(kind, prediction_type=prediction, timestep_spacing="leading")
   sampler = diffusion.make_sampler(plan, 8)
   x0 = jax.random.normal(jax.random.key(0), NOISE.shape)
-  level = lambda t: jnp.full((len(NOISE),), t)
+  level = lambda t: jnp.full((len(NOISE),), int(t))
   denoise = lambda x, t: diffusion.training_target(plan, x0, NOISE, level(t))
-  carry = sampler.start(diffusion.add_noise(plan, x0, NOISE, level(sampler.timesteps[0])))
+  carry = sampler.start(NOISE, x0)
   with jax.disable_jit():
     for call, t in enumerate(sampler.timesteps):
       noisy = diffusion.add_noise(plan, x0, NOISE, level(t))
-      np.testing.assert_allclose(carry.x_bhwz, noisy, rtol=0, atol=1e-5)
+      scale = 1 if sampler.scale is None else sampler.scale[call]
+      np.testing.assert_allclose(scale * carry.x_bhwz, noisy, rtol=0, atol=1e-5)
       np.testing.assert_allclose(sampler.predict_x0(denoise, carry, call), x0, rtol=0, atol=1e-5)
       carry = sampler.run(denoise, carry, call, call + 1)
+
+
+@pytest.mark.parametrize("kind,eta", [
+  ("ddim", 0.4), ("ddim", 1.0), ("euler_ancestral", 0), ("dpm++_sde", 0), ("lcm", 0)])
+def test_old_and_new_noise_add_up_to_the_next_level(kind, eta):
+  plan = schedule(timestep_spacing="leading")
+  sampler = diffusion.make_sampler(plan, 10, kind, eta=eta)
+  then = diffusion.make_sampler(plan, 10, kind, eta=eta, strength=0.9)  # begins at call 1
+  assert then.timesteps.tolist() == sampler.timesteps[1:].tolist()
+  denoise = lambda x, t: NOISE
+  carry = sampler.start(NOISE, jnp.zeros_like(NOISE))
+  old = sampler.run(denoise, carry, 0, 1, lambda call: jnp.zeros_like(NOISE)).x_bhwz
+  new = sampler.run(denoise, carry, 0, 1, lambda call: FRESH[0]).x_bhwz - old
+  np.testing.assert_allclose(new, sampler.noise[0] * FRESH[0], rtol=0, atol=2e-6)
+  share = (old / NOISE).mean()
+  np.testing.assert_allclose(old, share * NOISE, rtol=0, atol=1e-5)
+  assert sampler.noise[0] > 0.1 and (share > 0.1 or kind == "lcm")
+  np.testing.assert_allclose(share**2 + sampler.noise[0] ** 2, then.first[1] ** 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["euler_ancestral", "lcm", "dpm++_sde"])
+def test_new_noise_is_asked_for_by_number_of_call(kind):
+  sampler, asked = diffusion.make_sampler(schedule(), 4, kind), []
+  assert sampler.stochastic
+  with jax.disable_jit():
+    carry = sampler.run(toy, sampler.start(NOISE), 0, 2, lambda call: asked.append(int(call)) or FRESH[call])
+    sampler.run(toy, carry, 2, 4, lambda call: asked.append(int(call)) or FRESH[call])
+  assert asked == [0, 1, 2, 3]
+  with pytest.raises(ValueError, match="pass fresh"):
+    diffusion.sample(toy, NOISE, sampler)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "pndm", "dpm++", "dpm++_karras", "euler", "euler_karras"])
+def test_deterministic_samplers_ask_for_no_noise(kind):
+  sampler = diffusion.make_sampler(schedule(), 3, kind)
+  assert not sampler.stochastic
+  with jax.disable_jit():
+    diffusion.sample(toy, NOISE, sampler, fresh=lambda call: pytest.fail("asked for noise"))
+
+
+@pytest.mark.parametrize("kind,same", [
+  ("ddim", True), ("euler", True), ("lcm", True), ("dpm++", False), ("pndm", False)])
+def test_starts_in_the_middle(kind, same):
+  """Only multistep samplers make other calls than those that the whole sampler ends with."""
+  plan = schedule(kind, timestep_spacing="leading")
+  whole, part = (diffusion.make_sampler(plan, 10, strength=strength) for strength in (1.0, 0.35))
+  assert part.calls == (4 if kind == "pndm" else 3)
+  np.testing.assert_array_equal(part.timesteps, whole.timesteps[-part.calls:])
+  assert np.array_equal(part.weights, whole.weights[-part.calls:]) == same
+  with pytest.raises(ValueError, match="x0_bhwz"):
+    part.start(NOISE)
+  x0 = 0.5 * NOISE[::-1]
+  noisy = diffusion.add_noise(plan, x0, NOISE, jnp.full((len(NOISE),), int(part.timesteps[0])))
+  scale = 1 if part.scale is None else part.scale[0]
+  np.testing.assert_allclose(scale * part.start(NOISE, x0).x_bhwz, noisy, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpm++", "euler", "euler_ancestral", "lcm"])
+def test_a_rescaled_schedule_begins_with_noise_alone(kind):
+  plan = schedule(kind, rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing")
+  assert plan.alphas_cumprod[-1] == 0 and np.all(np.diff(plan.alphas_cumprod) < 0)
+  np.testing.assert_allclose(plan.alphas_cumprod[0], schedule(kind).alphas_cumprod[0], rtol=1e-6)
+  sampler = diffusion.make_sampler(plan, 4)
+  assert sampler.timesteps[0] == 999
+  x0 = jax.random.normal(jax.random.key(0), NOISE.shape)
+  signal = sampler.first[0] * (1 if sampler.scale is None else sampler.scale[0])
+  assert signal < 3e-4  # not quite none where sigma has to be finite
+  denoise = lambda x, t: -x0  # v where nothing is left of x0
+  np.testing.assert_allclose(sampler.predict_x0(denoise, sampler.start(NOISE), 0), x0, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -164,6 +248,21 @@ def test_both_forms_of_guidance_agree():
     np.testing.assert_allclose(one_grads[0], conditional, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_guidance_rescale(stop):
+  """At 1 each row has the standard deviation of its conditional half, at 0 nothing changes; between, a mixture."""
+  text, null = jax.random.normal(jax.random.key(0), (2, 3, 4)), jnp.zeros((1, 3, 4))
+  outputs = [diffusion.guide(unet, text, null, 7.5, stop, rescale)(NOISE, jnp.int32(400)) for rescale in (0, 1, 0.7)]
+  cond = unet(NOISE, jnp.full((2,), 400), text)
+  plain, whole, mixed = (np.asarray(output) for output in outputs)
+  np.testing.assert_allclose(whole.std((1, 2, 3)), cond.std((1, 2, 3)), rtol=1e-5)
+  assert np.abs(plain.std((1, 2, 3)) / cond.std((1, 2, 3)) - 1).min() > 0.05
+  np.testing.assert_allclose(mixed, 0.7 * whole + 0.3 * plain, rtol=0, atol=1e-6)
+  off = jax.make_jaxpr(diffusion.guide(unet, text, null, 7.5, stop))(NOISE, jnp.int32(400))
+  zero = jax.make_jaxpr(diffusion.guide(unet, text, null, 7.5, stop, 0.0))(NOISE, jnp.int32(400))
+  assert str(off) == str(zero) and "sqrt" not in str(off)
+
+
 def test_batches_of_guidance():
   text, null, rows = jnp.ones((2, 3, 4)), jnp.zeros((2, 3, 4)), []
   counted = lambda x, t_b, text: rows.append(len(x)) or unet(x, t_b, text)
@@ -199,11 +298,20 @@ def test_trailing_spacing_never_leaves_the_schedule():
 @pytest.mark.parametrize("kind,config,field", [
   ("ddim", dict(clip_sample=True), "clip_sample=True"), ("ddim", dict(thresholding=True), "thresholding"),
   ("dpm++", dict(thresholding=True), "thresholding"), ("pndm", dict(skip_prk_steps=False), "skip_prk_steps"),
-  ("dpm++", dict(use_karras_sigmas=True), "use_karras_sigmas"),
+  ("lcm", dict(clip_sample=True), "clip_sample=True"), ("lcm", dict(thresholding=True), "thresholding"),
+  ("dpm++", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
   ("dpm++", dict(solver_order=3), "solver_order"),
-  ("dpm++", dict(algorithm_type="sde-dpmsolver++"), "algorithm_type"),
-  ("dpm++", dict(final_sigmas_type="sigma_min"), "final_sigmas_type"),
-  ("ddim", dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+  ("dpm++", dict(algorithm_type="dpmsolver"), "algorithm_type='dpmsolver'"),
+  ("dpm++", dict(final_sigmas_type="half"), "final_sigmas_type"),
+  ("euler", dict(final_sigmas_type="half"), "final_sigmas_type"),
+  ("euler", dict(interpolation_type="log_linear"), "interpolation_type"),
+  ("euler", dict(timestep_type="continuous"), "timestep_type"),
+  ("euler", dict(use_beta_sigmas=True), "use_beta_sigmas"),
+  ("euler", dict(use_exponential_sigmas=True), "use_exponential_sigmas"),
+  ("lcm", dict(original_inference_steps=2000), "original_inference_steps=2000"),
+  ("pndm", dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+  ("ddim", dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"), "rescale_betas_zero_snr.*999"),
+  ("lcm", dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr.*prediction_type"),
   ("ddim", dict(prediction_type="sample"), "prediction_type"),
   ("ddim", dict(beta_schedule="exp"), "beta_schedule"),
   ("ddim", dict(timestep_spacing="even"), "timestep_spacing"),
@@ -230,11 +338,14 @@ def test_fields_left_out_mean_what_their_class_means():
 @pytest.mark.parametrize("arguments,message", [
   (dict(steps=0), "steps=0"), (dict(steps=1001), "steps=1001"), (dict(steps=None), "steps=None"),
   (dict(steps=1000), "steps=1000"),  # with steps_offset 1 this begins at timestep 1000
-  (dict(steps=5, kind="euler"), "kind='euler'"), (dict(steps=1000, kind="dpm++"), "steps=1000"),
+  (dict(steps=5, kind="heun"), "kind='heun'"), (dict(steps=1000, kind="dpm++"), "steps=1000"),
   (dict(steps=None, timesteps=[9, 5], kind="pndm"), "kind='ddim'"),
   (dict(steps=3, timesteps=[9, 5]), "steps=3"), (dict(steps=None, timesteps=[5, 9]), "descending"),
   (dict(steps=None, timesteps=[1000, 9]), "between 999 and 0"),
   (dict(steps=None, timesteps=[]), "explicit list"),
+  (dict(steps=51, kind="lcm"), "steps=51.*original_inference_steps=50"), (dict(steps=None, kind="lcm"), "steps=None"),
+  (dict(steps=5, strength=0), "strength=0 "), (dict(steps=5, strength=1.1), "strength=1.1"),
+  (dict(steps=5, strength=0.1), "strength=0.1.*steps=5"), (dict(steps=5, kind="dpm++", eta=0.5), "eta=0.5"),
 ])
 def test_impossible_plans(arguments, message):
   with pytest.raises(ValueError, match=message):
