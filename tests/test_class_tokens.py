@@ -16,7 +16,7 @@ from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import TOKENS
 
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-|reduce-scatter")
-START = np.array([1.0, -1.0], np.float32)
+START = np.array([[1.0, -1.0]], np.float32)
 
 
 def learn(config, folder):
@@ -58,7 +58,7 @@ def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch, caplog):
 def compiled(learner):
   """The optimised programs of both steps."""
   settings, ws = learner.settings, learner.ws
-  slots = class_tokens.fresh_slots(settings, np.zeros(settings.slots), ws.initial_token)
+  slots = class_tokens.fresh_slots(settings, np.zeros(settings.slots), ws.token_starts(ws.tasks["test"]))
   slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
   return {"prefix": learner.prefix.lower(frozen, slots).compile().as_text(),
           "learn": learner.learn.lower(frozen, slots, learner.prefix(frozen, slots)).compile().as_text()}
@@ -83,9 +83,9 @@ class Script:
     self.calls += 1
     at = slots.class_c, slots.step_c
     loss_c, accuracy_c = self.losses_ku[at], self.accuracies_ku[at]
-    grad_cd = jnp.where(jnp.isfinite(loss_c), 1.0, jnp.nan)[:, None] * jnp.ones_like(slots.token_cd)
+    grad_cnd = jnp.where(jnp.isfinite(loss_c), 1.0, jnp.nan)[:, None, None] * jnp.ones_like(slots.token_cnd)
     made_c = class_tokens.live(slots)
-    return self.update(slots, grad_cd, loss_c, accuracy_c), class_tokens.Update(made_c, loss_c, accuracy_c)
+    return self.update(slots, grad_cnd, loss_c, accuracy_c), class_tokens.Update(made_c, loss_c, accuracy_c)
 
 
 @pytest.fixture
@@ -95,8 +95,8 @@ def play(tmp_path, capsys):
     defaults = dict(slots=1, slots_per_body=1, check_every=2, max_updates=5, patience=5, stop_accuracy=1.0)
     settings = class_tokens.Settings(**(quickstart.get_config().tokens.to_dict() | defaults | changes))
     names = [f"class {k}" for k in range(len(losses))]
-    ws = types.SimpleNamespace(initial_token=START, log=logs.Log(tmp_path), mesh=mesh.make(1),
-                               dataset=types.SimpleNamespace(names=names))
+    ws = types.SimpleNamespace(token_starts=lambda task: np.tile(START, (len(names), 1, 1)), log=logs.Log(tmp_path),
+                               mesh=mesh.make(1), dataset=types.SimpleNamespace(names=names))
     task = types.SimpleNamespace(name="test", unseen=tuple(range(len(names))))
     script = Script(settings, losses, accuracies)
     outcome = class_tokens.learn_task(settings, ws, task, script, tmp_path / str(len(names)))
@@ -112,7 +112,7 @@ def test_a_class_keeps_its_best_token(play):
   outcome, _, _ = play([[3, 2, 1, 4, 5]], learning_rate=0.1)
   assert reasons(outcome) == ["cap"] and outcome.best_step_k.tolist() == [2]
   # Two updates of AdamW with a constant gradient, each of the learning rate's size, came before it.
-  np.testing.assert_allclose(outcome.token_kd[0], START - 0.2, rtol=1e-5)
+  np.testing.assert_allclose(outcome.token_knd[0], START - 0.2, rtol=1e-5)
   np.testing.assert_array_equal(outcome.loss_ku[0], [3, 2, 1, 4, 5])
 
 
@@ -130,9 +130,9 @@ def test_a_class_that_is_recognised_stops(play):
 def test_nan_ends_one_class_with_its_best_token(play):
   bad, good = [3, 2, np.nan, 1, 1], [5, 4, 3, 2, 1]
   outcome, _, printed = play([bad, good, bad], slots=3)
-  assert reasons(outcome) == ["nan", "cap", "nan"] and np.isfinite(outcome.token_kd).all()
+  assert reasons(outcome) == ["nan", "cap", "nan"] and np.isfinite(outcome.token_knd).all()
   alone, _, _ = play([good], slots=1, max_updates=5)
-  np.testing.assert_array_equal(outcome.token_kd[1], alone.token_kd[0])
+  np.testing.assert_array_equal(outcome.token_knd[1], alone.token_knd[0])
   assert printed.count("loss or gradient was not finite at update") == 2 and "'class 2'" in printed
 
 
