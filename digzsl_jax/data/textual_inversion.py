@@ -57,7 +57,8 @@ def _checked(vectors: np.ndarray, width: int | None, what: str) -> np.ndarray:
   """Vectors as `[n, d]` float32; a ValueError, which begins with `what`, if they cannot be those of a token."""
   if vectors.ndim not in (1, 2) or not vectors.size or vectors.dtype.kind not in "fV":  # V: bfloat16
     raise ValueError(f"{what} is {vectors.dtype} of shape {vectors.shape}; vectors are floating numbers [d] or [n, d]")
-  vectors_nd = np.atleast_2d(vectors).astype(np.float32)
+  with np.errstate(over="ignore"):  # what float32 cannot hold is infinite then, and refused below
+    vectors_nd = np.atleast_2d(vectors).astype(np.float32)
   if width not in (None, found := vectors_nd.shape[1]):
     made_for, wanted = (f" ({_FAMILIES[size]})" if size in _FAMILIES else "" for size in (found, width))
     raise ValueError(f"{what} is {found} wide{made_for}, but the text tower {width}{wanted}; take a file that was made "
