@@ -1,6 +1,6 @@
 """What the stages of one run share: its data, frozen models, mesh, log and the folders of other stages.
 
-Shapes: k class, d embedding, l position.
+Shapes: k class, d embedding, l position, n vector of a class token.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, losses, mesh
-from digzsl_jax.data import datasets, prompts, splits, tokenizer
+from digzsl_jax.data import datasets, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, clip, hub, judge, stable_diffusion
 
@@ -123,13 +123,16 @@ class Workspace:
 
   @functools.cached_property
   def model_fingerprints(self) -> dict[str, Any]:
-    """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP."""
+    """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP, and
+    "initial_file" what class tokens start from."""
     encoder = self.config["cdm"]["encoder"]
     paths = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "judge")}
     paths["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
     found = {field.partition(".")[2]: checkpoint.fingerprint_folder(resolve(path, field)) if path else None
              for field, path in paths.items()}
-    return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template}}
+    start = self.initial_file and checkpoint.fingerprint_file(self.initial_file)
+    return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template},
+                    "initial_file": start}
 
   @functools.cached_property
   def data_fingerprint(self) -> str:
@@ -158,8 +161,18 @@ class Workspace:
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
-    """Stable Diffusion; section `tokens` says whether its gradients save memory (`remat`)."""
-    return stable_diffusion.load(resolve(self.models.sd, "models.sd"), remat=self.config["tokens"]["remat"])
+    """Stable Diffusion; section `tokens` says whether its gradients save memory (`remat`).
+
+    Raises:
+      ValueError: no such folder, or its tokenizer is another than the text encoder's; ids beyond both stand for
+        learnt vectors.
+    """
+    sd = stable_diffusion.load(resolve(self.models.sd, "models.sd"), remat=self.config["tokens"]["remat"])
+    rows, known = sd.text_encoder.embeddings.token_embedding.num_embeddings, self.sd_tokenizer.vocab_size
+    if rows != known:
+      raise ValueError(f"config.models.sd: the tokenizer of {self.models.sd} has {known} tokens, but the text encoder "
+                       f"{rows}; take both folders from the same place")
+    return sd
 
   @functools.cached_property
   def schedule(self) -> diffusion.Schedule:
@@ -171,12 +184,62 @@ class Workspace:
     return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "models.sd") / "tokenizer")
 
   def token_prompts(self, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
-    """Prompt ids `[k, l]` of the task's unseen classes, the initial word at the token's place, and that place."""
+    """Prompt ids of the task's unseen classes, `(learnt_kl, plain_kl)`.
+
+    At the token's place stand ids beyond the vocabulary, one for each of its vectors, and in the plain prompts the
+    initial word, once.
+    """
     template, initial = self.config["tokens"]["template"], self.config["tokens"]["initial"]
+    count = self.config["tokens"]["vectors"]
     names = [prompts.class_name(self.dataset.names[label]) for label in task.unseen]
-    encoded = [self.sd_tokenizer.encode_with_slot(template, name, initial) for name in names]
-    ids_kl, slot_k = map(np.array, zip(*encoded))
-    return ids_kl, slot_k
+    learnt = [self.sd_tokenizer.encode_with_slot(template, name, initial, count) for name in names]
+    for ids_l, place in learnt:
+      ids_l[place:place + count] = self.sd_tokenizer.vocab_size + np.arange(count)
+    plain = [self.sd_tokenizer.encode_with_slot(template, name, initial) for name in names]
+    return np.array([ids_l for ids_l, _ in learnt]), np.array([ids_l for ids_l, _ in plain])
+
+  @property
+  def initial_file(self) -> pathlib.Path | None:
+    """The textual-inversion file that class tokens start from, or None.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    path = self.config["tokens"]["initial_file"]
+    if path and not pathlib.Path(path).expanduser().is_file():
+      raise ValueError(f"config.tokens.initial_file is {path!r}, but there is no such file")
+    return pathlib.Path(path).expanduser() if path else None
+
+  def file_starts(self) -> dict[str, np.ndarray]:
+    """`{class name: vectors [n, d]}` out of `tokens.initial_file`; empty where none is given.
+
+    Raises:
+      ValueError: the file cannot be used (`textual_inversion.read`), lacks an unseen class, or has another number
+        of vectors than `tokens.vectors`.
+    """
+    path, count, names = self.initial_file, self.config["tokens"]["vectors"], self.dataset.names
+    if path is None:
+      return {}
+    found = textual_inversion.read(path, self.sd.text_encoder.embeddings.token_embedding.features)
+    if len(found) == 1 and not found.keys() & set(names):
+      found = dict.fromkeys(names, *found.values())
+    if missing := [names[label] for label in self.dataset.unseen if names[label] not in found]:
+      raise ValueError(f"initial_file {path} has no vectors for the classes {missing}; give a file of one token, or "
+                       f"one with a row for every unseen class. It holds {sorted(found)}")
+    for name, vectors_nd in found.items():
+      if len(vectors_nd) != count:
+        raise ValueError(f"initial_file {path} has {len(vectors_nd)} vectors for {name!r}, but config.tokens.vectors "
+                         f"is {count}; make both equal")
+    return found
+
+  def token_starts(self, task: splits.Task) -> np.ndarray:
+    """`[k, n, d]`: what the tokens of the task's unseen classes start from."""
+    word_nd = np.tile(self.initial_token, (self.config["tokens"]["vectors"], 1))
+    names, found = [self.dataset.names[label] for label in task.unseen], self.file_starts()
+    if found and (words := [name for name in names if name not in found]):
+      self.log.say(f"tokens ({task.name}): {words} are not in {self.initial_file} and start from "
+                   f"{self.config['tokens']['initial']!r}")
+    return np.stack([found.get(name, word_nd) for name in names])
 
   @property
   def modules(self) -> dict[str, nnx.Module]:
@@ -188,7 +251,7 @@ class Workspace:
 
   @functools.cached_property
   def initial_token(self) -> np.ndarray:
-    """`[d]`: the embedding of the word that every class token starts from."""
+    """`[d]`: the embedding of the word that class tokens start from, unless `tokens.initial_file` says otherwise."""
     [word] = self.sd_tokenizer.ids(self.config["tokens"]["initial"])
     return np.asarray(self.sd.text_encoder.embed(jnp.array([[word]]))[0, 0])
 

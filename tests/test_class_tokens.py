@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from digzsl_jax import checkpoint, logs, mesh
+from digzsl_jax import checkpoint, logs, mesh, workspace
 from digzsl_jax import main as command
+from digzsl_jax.data import prompts, textual_inversion
 from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import TOKENS
 
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-|reduce-scatter")
-START = np.array([1.0, -1.0], np.float32)
+START = np.array([[1.0, -1.0]], np.float32)
 
 
 def learn(config, folder):
@@ -58,7 +59,7 @@ def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch, caplog):
 def compiled(learner):
   """The optimised programs of both steps."""
   settings, ws = learner.settings, learner.ws
-  slots = class_tokens.fresh_slots(settings, np.zeros(settings.slots), ws.initial_token)
+  slots = class_tokens.fresh_slots(settings, np.zeros(settings.slots), ws.token_starts(ws.tasks["test"]))
   slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
   return {"prefix": learner.prefix.lower(frozen, slots).compile().as_text(),
           "learn": learner.learn.lower(frozen, slots, learner.prefix(frozen, slots)).compile().as_text()}
@@ -83,9 +84,9 @@ class Script:
     self.calls += 1
     at = slots.class_c, slots.step_c
     loss_c, accuracy_c = self.losses_ku[at], self.accuracies_ku[at]
-    grad_cd = jnp.where(jnp.isfinite(loss_c), 1.0, jnp.nan)[:, None] * jnp.ones_like(slots.token_cd)
+    grad_cnd = jnp.where(jnp.isfinite(loss_c), 1.0, jnp.nan)[:, None, None] * jnp.ones_like(slots.token_cnd)
     made_c = class_tokens.live(slots)
-    return self.update(slots, grad_cd, loss_c, accuracy_c), class_tokens.Update(made_c, loss_c, accuracy_c)
+    return self.update(slots, grad_cnd, loss_c, accuracy_c), class_tokens.Update(made_c, loss_c, accuracy_c)
 
 
 @pytest.fixture
@@ -95,8 +96,8 @@ def play(tmp_path, capsys):
     defaults = dict(slots=1, slots_per_body=1, check_every=2, max_updates=5, patience=5, stop_accuracy=1.0)
     settings = class_tokens.Settings(**(quickstart.get_config().tokens.to_dict() | defaults | changes))
     names = [f"class {k}" for k in range(len(losses))]
-    ws = types.SimpleNamespace(initial_token=START, log=logs.Log(tmp_path), mesh=mesh.make(1),
-                               dataset=types.SimpleNamespace(names=names))
+    ws = types.SimpleNamespace(token_starts=lambda task: np.tile(START, (len(names), 1, 1)), log=logs.Log(tmp_path),
+                               mesh=mesh.make(1), dataset=types.SimpleNamespace(names=names))
     task = types.SimpleNamespace(name="test", unseen=tuple(range(len(names))))
     script = Script(settings, losses, accuracies)
     outcome = class_tokens.learn_task(settings, ws, task, script, tmp_path / str(len(names)))
@@ -112,7 +113,7 @@ def test_a_class_keeps_its_best_token(play):
   outcome, _, _ = play([[3, 2, 1, 4, 5]], learning_rate=0.1)
   assert reasons(outcome) == ["cap"] and outcome.best_step_k.tolist() == [2]
   # Two updates of AdamW with a constant gradient, each of the learning rate's size, came before it.
-  np.testing.assert_allclose(outcome.token_kd[0], START - 0.2, rtol=1e-5)
+  np.testing.assert_allclose(outcome.token_knd[0], START - 0.2, rtol=1e-5)
   np.testing.assert_array_equal(outcome.loss_ku[0], [3, 2, 1, 4, 5])
 
 
@@ -130,9 +131,9 @@ def test_a_class_that_is_recognised_stops(play):
 def test_nan_ends_one_class_with_its_best_token(play):
   bad, good = [3, 2, np.nan, 1, 1], [5, 4, 3, 2, 1]
   outcome, _, printed = play([bad, good, bad], slots=3)
-  assert reasons(outcome) == ["nan", "cap", "nan"] and np.isfinite(outcome.token_kd).all()
+  assert reasons(outcome) == ["nan", "cap", "nan"] and np.isfinite(outcome.token_knd).all()
   alone, _, _ = play([good], slots=1, max_updates=5)
-  np.testing.assert_array_equal(outcome.token_kd[1], alone.token_kd[0])
+  np.testing.assert_array_equal(outcome.token_knd[1], alone.token_knd[0])
   assert printed.count("loss or gradient was not finite at update") == 2 and "'class 2'" in printed
 
 
@@ -145,3 +146,80 @@ def test_slots_are_refilled_and_idle_ones_cost_no_class(play):
   # A slot waits for the next look, every second update: 0 | 2 2 2 | idle and 1 1 1 | 3 | 4 4 4.
   assert script.calls == 2 * 7
   np.testing.assert_array_equal(outcome.loss_ku[2], losses[2])
+
+
+@pytest.fixture
+def two_vectors(tiny_config):
+  tiny_config.tokens.update(vectors=2, slots=4, slots_per_body=4, learning_rate=0.03)
+  tiny_config.mesh.devices = 1
+  return tiny_config
+
+
+def arrays(folder, task="test"):
+  return checkpoint.read_arrays(folder / "tokens" / TOKENS[task])
+
+
+@pytest.mark.slow
+def test_several_vectors(two_vectors, tmp_path, monkeypatch, capsys):
+  tokens = learn(two_vectors, tmp_path / "whole")
+  ws = workspace.Workspace(two_vectors.to_dict(), tmp_path, logs.Log(tmp_path))
+  assert len(tokens) == 24 and all(token_nd.shape == (2, 32) for token_nd in tokens.values())
+  moved = np.stack([token_nd - ws.initial_token for token_nd in tokens.values()])
+  assert (np.abs(moved).max(-1) > 0).all(1).any() and not np.allclose(moved[:, 0], moved[:, 1])
+  for name, token_nd in arrays(tmp_path / "whole").items():
+    slug = prompts.slug(name)
+    [(token, read_nd)] = textual_inversion.read(
+        tmp_path / "whole" / "tokens" / "textual_inversion" / f"{slug}.safetensors").items()
+    assert token == f"<{slug}>"
+    np.testing.assert_array_equal(read_nd, token_nd)
+
+  saved, save = [0], checkpoint.save_state
+
+  def save_and_die(*arguments):
+    save(*arguments)
+    saved[0] += 1
+    if saved[0] == 2:
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(class_tokens.checkpoint, "save_state", save_and_die)
+  with pytest.raises(KeyboardInterrupt):
+    learn(two_vectors, tmp_path / "cut")
+  again = learn(two_vectors, tmp_path / "cut")
+  assert saved[0] == 2 * 6  # three rounds of classes in each task, two looks a round: none was made twice
+  for key, token_nd in tokens.items():
+    np.testing.assert_array_equal(again[key], token_nd)
+
+  file, first = tmp_path / "whole" / "tokens" / TOKENS["test"], arrays(tmp_path / "whole")
+  two_vectors.tokens.update(initial_file=str(file), max_updates=1)  # so that the first token is the best one
+  capsys.readouterr()
+  learn(two_vectors, tmp_path / "next")
+  for name, token_nd in arrays(tmp_path / "next").items():
+    np.testing.assert_array_equal(token_nd, first[name])
+  assert re.search(r"tokens \(validation\): \[.*\] are not in .*/learned_embeds.safetensors and start from 'a'",
+                   capsys.readouterr().err)
+  checkpoint.write_arrays(file, {name: token_nd + 1 for name, token_nd in first.items()})
+  with pytest.raises(ValueError, match="tokens was made from other settings .models.initial_file: '.*' -> '.*'."):
+    learn(two_vectors, tmp_path / "next")
+
+
+def test_starts_of_tokens(two_vectors, tmp_path):
+  def starts(task="test"):
+    ws = workspace.Workspace(two_vectors.to_dict(), tmp_path, logs.Log(tmp_path))
+    task = ws.tasks[task]
+    return dict(zip((ws.dataset.names[label] for label in task.unseen), ws.token_starts(task))), ws
+
+  found, ws = starts()
+  word_nd = np.tile(ws.initial_token, (2, 1))
+  assert len(found) == 12 and all((start_nd == word_nd).all() for start_nd in found.values())
+  rng = np.random.default_rng(0)
+  own = {name: rng.normal(size=(2, 32)).astype(np.float32) for name in found}
+  two_vectors.tokens.initial_file = str(tmp_path / "own.safetensors")
+  checkpoint.write_arrays(tmp_path / "own.safetensors", own)
+  for name, start_nd in starts()[0].items():
+    np.testing.assert_array_equal(start_nd, own[name])
+  assert all((start_nd == word_nd).all() for start_nd in starts("validation")[0].values())
+
+  two_vectors.tokens.initial_file = str(tmp_path / "one.safetensors")
+  textual_inversion.write(tmp_path / "one.safetensors", "<star>", own["plain crimson circle"])
+  for task in ("test", "validation"):
+    assert all((start_nd == own["plain crimson circle"]).all() for start_nd in starts(task)[0].values())

@@ -65,8 +65,8 @@ class Toy(nnx.Module):
   def __init__(self):
     self.mix_zz = nnx.Param(0.4 * jax.random.normal(jax.random.key(0), (WIDTH, WIDTH)))
 
-  def text(self, ids_bl, slot_b=None, token_bd=None):
-    return jnp.zeros((1, 1, WIDTH)) if token_bd is None else token_bd[:, None]
+  def text(self, ids_bl, vectors_bnd=None):
+    return jnp.zeros((1, 1, WIDTH)) if vectors_bnd is None else vectors_bnd
 
   def unet(self, x_bhwz, t_b, text_bld):
     return jnp.sin(x_bhwz @ self.mix_zz[...] + text_bld[:, None] + t_b[:, None, None, None] / 1000)
@@ -89,19 +89,20 @@ def learn(path: str, stop_unconditional: bool, real: bool = False):
     slots_per_body=SLOTS), "tokens")
   rng = np.random.default_rng(1)
   classes = class_tokens.Classes(
-    label_k=jnp.array([5, 3, 4]), allowed_k=jnp.array([True] * 3), slot_k=jnp.array([2, 1, 2]),
-    ids_kl=jnp.array([[10, 1, 2, 3, 11], [10, 2, 7, 11, 11], [10, 4, 2, 5, 11]]),
+    label_k=jnp.array([5, 3, 4]), allowed_k=jnp.array([True] * 3),
+    ids_kl=jnp.array([[10, 1, 12, 3, 11], [10, 12, 7, 11, 11], [10, 4, 12, 5, 11]]),  # 12 is S*
     prototypes_kd=jnp.asarray(rng.normal(size=(3, 8)), jnp.float32), null_l=jnp.array([10, 11, 11, 11, 11]))
   graphdef, params = nnx.split(small_guide() if real else class_tokens.Guide(Toy(), ToyCDM()))
   frozen = class_tokens.Frozen(params, classes)
   steps = class_tokens.compile_steps(settings, 0, class_tokens.gradient_path(settings, SCHEDULE), graphdef,
                                      mesh.make(1))
-  slots = class_tokens.fresh_slots(settings, np.ones(SLOTS), jnp.asarray(rng.normal(size=WIDTH), jnp.float32))
+  start_knd = np.tile(rng.normal(size=WIDTH).astype(np.float32), (3, 1, 1))
+  slots = class_tokens.fresh_slots(settings, np.ones(SLOTS), start_knd)
   carry = steps[0](frozen, slots)  # from slot 0's token for all: up to here nothing is differentiated
   aside_sd = STEP * np.concatenate([np.zeros((1, WIDTH)), np.eye(WIDTH), -np.eye(WIDTH)])
-  slots = slots._replace(token_cd=slots.token_cd + jnp.asarray(aside_sd, jnp.float32))
+  slots = slots._replace(token_cnd=slots.token_cnd + jnp.asarray(aside_sd[:, None], jnp.float32))
   slots, made = steps[1](frozen, slots, carry)
-  return np.array(optax.tree.get(slots.optimiser, "mu")[0] / 0.1), np.array(made.loss_c)
+  return np.array(optax.tree.get(slots.optimiser, "mu")[0, 0] / 0.1), np.array(made.loss_c)
 
 
 def error(got, want):

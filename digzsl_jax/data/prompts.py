@@ -1,5 +1,7 @@
 """Prompts: templates such as "a photo of a {name}" or "a photo of {token} {name}", and class names."""
 
+import hashlib
+import re
 import string
 
 
@@ -23,6 +25,12 @@ def class_name(raw: str) -> str:
   if not name:
     raise ValueError(f"class name {raw!r} is empty; give every class a name in words")
   return name
+
+
+def slug(name: str) -> str:
+  """A class name as a file name; a digest keeps names apart that differ in other characters only."""
+  plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+  return plain if plain.replace("-", " ") == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def check_template(template: str, *, token: bool = False, field: str = "prompt template") -> None:

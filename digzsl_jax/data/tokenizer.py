@@ -5,10 +5,11 @@ It needs the `tokenizers` package alone and gives the ids of transformers' `CLIP
 Shapes: b text, l position.
 """
 
+import copy
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tokenizers
@@ -32,6 +33,7 @@ class Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     self._backend = backend
+    self._learnt = {}  # number of vectors by token
     self.length = length
     self.bos_id, self.eos_id, self.pad_id = (self._special(token) for token in (bos, eos, pad))
 
@@ -64,28 +66,64 @@ class Tokenizer:
 
   @property
   def vocab_size(self) -> int:
-    """How many ids there are, special tokens included."""
+    """How many ids there are, special and learnt tokens included."""
     return self._backend.get_vocab_size()
 
   def ids(self, text: str) -> list[int]:
     """Ids of a text of any length, without start and end."""
-    return self._backend.encode(text, add_special_tokens=False).ids
+    found = self._encode(text).tokens if self._learnt else ()
+    for token in self._learnt:
+      if token in found:
+        text = text.replace(token, " ".join(self._parts(token)))
+    return self._encode(text).ids
+
+  def _encode(self, text: str) -> tokenizers.Encoding:
+    return self._backend.encode(text, add_special_tokens=False)
 
   def __call__(self, texts: Sequence[str]) -> np.ndarray:
     """`ids_bl` (int32), every text cut and padded to `length`."""
     rows = [self._frame(self.ids(text)) for text in texts]
     return np.array(rows, np.int32).reshape(-1, self.length)
 
-  def encode_with_slot(self, template: str, name: str, initial: str) -> tuple[np.ndarray, int]:
-    """Encodes a prompt in which one position is kept for a learnt class token.
+  def with_tokens(self, tokens: Mapping[str, int]) -> "Tokenizer":
+    """A tokenizer that also knows learnt tokens, as `load_textual_inversion` of diffusers leaves transformers' own.
+
+    A learnt token is split off before pair encoding, in any case and inside words too, the longest one first. Where a
+    prompt has a token of several vectors, their ids stand side by side. As in diffusers this needs its exact spelling,
+    in lower case: "<Bird>" for "<bird>", or a token that has capitals itself, stands for its first vector alone.
+
+    Args:
+      tokens: how many vectors each has; their ids follow the vocabulary in this order.
+
+    Raises:
+      ValueError: a name is empty or taken; three vectors of "<bird>" are called "<bird>", "<bird>_1" and "<bird>_2".
+    """
+    more = copy.deepcopy(self)
+    more._learnt = self._learnt | tokens
+    for token, count in more._learnt.items():
+      taken = {f"{token}_{i}" for i in range(1, count + 1)} & more._learnt.keys()  # the next would run on from it
+      if token in tokens:
+        taken |= {part for part in more._parts(token) if not part or self._backend.token_to_id(part) is not None}
+      if taken:
+        raise ValueError(f"learnt token {token!r}: the name {min(taken)!r} is taken; rename the token")
+    more._backend.add_tokens([part for token in tokens for part in more._parts(token)])
+    return more
+
+  def _parts(self, token: str) -> list[str]:
+    """The names of a learnt token's vectors."""
+    return [token, *(f"{token}_{i}" for i in range(1, self._learnt[token]))]
+
+  def encode_with_slot(self, template: str, name: str, initial: str, vectors: int = 1) -> tuple[np.ndarray, int]:
+    """Encodes a prompt in which positions are kept for a learnt class token.
 
     Args:
       template: as `prompts.check_template` has it, "a photo of {token} {name}".
       name: class name.
-      initial: word whose embedding the learnt token starts from; its id is put at the token's place.
+      initial: word that keeps the place: its id stands in every position of the token.
+      vectors: number of the token's positions.
 
     Returns:
-      `(ids_l, position)`: int32 ids with start, end and padding, and the token's place among them.
+      `(ids_l, position)`: int32 ids with start, end and padding, and the token's first place among them.
 
     Raises:
       ValueError: no or several places for the token, an `initial` of several tokens, a token beyond the last position.
@@ -97,10 +135,10 @@ class Tokenizer:
       raise ValueError(f"the initialiser {initial!r} is {len(initial_ids)} tokens; choose a word that is one")
     before, after = (self.ids(part.replace("{name}", name)) for part in template.split("{token}"))
     position = 1 + len(before)
-    if position >= self.length - 1:
-      raise ValueError(f"{{token}} of {template!r} with the name {name!r} falls at position {position}, "
+    if position + vectors >= self.length:
+      raise ValueError(f"{{token}} of {template!r} with the name {name!r} falls at position {position + vectors - 1}, "
                        f"but a text has only {self.length}: shorten the template")
-    return np.array(self._frame(before + initial_ids + after), np.int32), position
+    return np.array(self._frame(before + initial_ids * vectors + after), np.int32), position
 
   def _frame(self, ids: list[int]) -> list[int]:
     framed = [self.bos_id, *ids[:self.length - 2], self.eos_id]

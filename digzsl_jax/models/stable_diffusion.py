@@ -1,6 +1,6 @@
 """Stable Diffusion as one module: text tower, denoiser and autoencoder of a diffusers folder.
 
-Shapes: b image, l position, d text width, h w pixel or latent position, c colour, z latent channel.
+Shapes: b image, l position, n learnt vector, d text width, h w pixel or latent position, c colour, z latent channel.
 """
 
 import os
@@ -23,14 +23,23 @@ class StableDiffusion(nnx.Module):
     self.unet = denoiser
     self.vae = autoencoder
 
-  def text(self, ids_bl: jax.Array, slot_b: jax.Array | None = None,
-           token_bd: jax.Array | None = None) -> jax.Array:
-    """Text states `[b, l, d]`; `token_bd` replaces the embedding at position `slot_b` of each row."""
-    if token_bd is None:
+  def text(self, ids_bl: jax.Array, vectors_bnd: jax.Array | None = None) -> jax.Array:
+    """Text states `[b, l, d]` of prompts, with learnt vectors in them or without.
+
+    Args:
+      ids_bl: token ids; those beyond the vocabulary are learnt ones, counted from its end as in a text tower
+        whose embedding table was lengthened (textual inversion, arXiv 2208.01618).
+      vectors_bnd: id `vocabulary + n` of a row stands for its vector n; `[n, d]` for the same in all rows. Without
+        them a learnt id makes its row NaN.
+    """
+    if vectors_bnd is None:
       return self.text_encoder(ids_bl)[0]
-    here_bl = jnp.arange(ids_bl.shape[1]) == slot_b[:, None]
-    embeds_bld = jnp.where(here_bl[..., None], token_bd[:, None], self.text_encoder.embed(ids_bl))
-    return self.text_encoder(ids_bl, embeds_bld)[0]
+    own_bl = ids_bl - self.text_encoder.embeddings.token_embedding.num_embeddings
+    known_bl = jnp.where(own_bl < 0, ids_bl, 0)
+    vectors_bnd = jnp.broadcast_to(vectors_bnd, (len(ids_bl), *vectors_bnd.shape[-2:]))
+    learnt_bld = jnp.take_along_axis(vectors_bnd, jnp.maximum(own_bl, 0)[..., None], axis=1)
+    embeds_bld = jnp.where((own_bl < 0)[..., None], self.text_encoder.embed(known_bl), learnt_bld)
+    return self.text_encoder(known_bl, embeds_bld)[0]
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:

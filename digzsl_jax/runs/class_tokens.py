@@ -1,4 +1,4 @@
-"""Learns one token per unseen class: the vector S* whose samples the CDM recognises as that class.
+"""Learns one token per unseen class: the vector S*, or a few side by side, whose samples the CDM recognises as it.
 
 Only S* is trained and every weight is shared, so class is simply batch: a slot holds one class, all slots
 learn at once, and a slot whose class has finished takes the next one. No class ever sees another.
@@ -11,7 +11,7 @@ An update of a slot (arXiv 2412.17219, section 3; its parent method is arXiv 230
 Gradient paths: `last` differentiates the last `grad_calls` calls of a whole sampling; `x0` stops at a chosen
 noise level and decodes the denoiser's direct prediction there, one call.
 
-Shapes: s slot of a compiled body, c slot, n image of a slot, b row (slot, image), k unseen class of the task,
+Shapes: s slot of a compiled body, c slot, b row (slot, image), k unseen class of the task, n vector of a token,
 h w latent position, z latent channel, l prompt position, d text width.
 """
 
@@ -28,12 +28,12 @@ import optax
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, files, losses, mesh
-from digzsl_jax.data import prompts, splits
+from digzsl_jax.data import prompts, splits, textual_inversion
 from digzsl_jax.models import cdm, stable_diffusion
 from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("cdm",)
-MODELS = ("clip", "encoder", "sd")
+MODELS = ("clip", "encoder", "sd", "initial_file")
 NOISE_STREAM = 1  # keeps the noise of learning apart from the noise of generation
 REASONS = ("running", "accuracy", "patience", "cap", "nan")
 
@@ -44,7 +44,11 @@ class Settings:
 
   Attributes:
     template: prompt with `{token}` and `{name}`.
-    initial: word whose embedding S* starts from.
+    initial: word whose embedding every vector of S* starts from; it stands in the place of S* in plain prompts.
+    initial_file: textual-inversion file that S* starts from instead, "" for none. One token in it is the start of
+      every class; one keyed by class names, such as `learned_embeds.safetensors`, must have every unseen class, and
+      validation classes that it lacks start from the word.
+    vectors: of S*, at consecutive positions, learnt together.
     gradient: "last" or "x0".
     sampler: "ddim", "pndm" or "dpm++" for `last`, "" for the checkpoint's own; `x0` walks by DDIM.
     steps: sampler steps for `last`; denoiser calls for `x0`, the last of them at `x0_timestep`.
@@ -71,6 +75,8 @@ class Settings:
 
   template: str
   initial: str
+  initial_file: str
+  vectors: int
   gradient: str
   sampler: str
   steps: int
@@ -95,7 +101,7 @@ class Settings:
   def __post_init__(self):
     prompts.check_template(self.template, token=True, field="template")
     check(self.gradient in ("last", "x0"), "gradient", self.gradient, "'last' or 'x0'")
-    for name in ("steps", "images", "max_updates", "slots", "slots_per_body", "check_every"):
+    for name in ("vectors", "steps", "images", "max_updates", "slots", "slots_per_body", "check_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     for name in ("learning_rate", "clip_norm", "temperature"):
       check(getattr(self, name) > 0, name, getattr(self, name), "positive")
@@ -148,8 +154,7 @@ class Classes(NamedTuple):
 
   label_k: jax.Array  # number in the data set: addresses the noise
   allowed_k: jax.Array  # False for rows that only fill up to the size of the largest task
-  ids_kl: jax.Array  # prompt with the initial word at the token's place
-  slot_k: jax.Array  # that place
+  ids_kl: jax.Array  # prompt with the token in it: ids beyond the vocabulary
   prototypes_kd: jax.Array
   null_l: jax.Array  # empty prompt
 
@@ -161,8 +166,8 @@ class Slots(NamedTuple):
   step_c: jax.Array
   left_c: jax.Array  # updates without improvement that are still allowed
   reason_c: jax.Array  # number in REASONS
-  token_cd: jax.Array
-  best_cd: jax.Array
+  token_cnd: jax.Array
+  best_cnd: jax.Array
   best_loss_c: jax.Array
   best_step_c: jax.Array
   optimiser: optax.OptState
@@ -180,7 +185,7 @@ class Outcome(NamedTuple):
   """What a task has so far; every leaf leads with k. Loss curves hold NaN where no update was made."""
 
   done_k: np.ndarray
-  token_kd: np.ndarray
+  token_knd: np.ndarray
   reason_k: np.ndarray
   best_step_k: np.ndarray
   loss_ku: np.ndarray
@@ -188,18 +193,18 @@ class Outcome(NamedTuple):
 
 
 def optimiser(settings: Settings) -> optax.GradientTransformation:
-  """Of one token: clipping sees the gradient of its class alone, and only once it exists."""
+  """Of one token, all its vectors: clipping sees the gradient of its class alone, and only once it exists."""
   return optax.chain(optax.clip_by_global_norm(settings.clip_norm),
                      optax.adamw(settings.learning_rate, weight_decay=settings.weight_decay))
 
 
-def fresh_slots(settings: Settings, class_c: np.ndarray, token_d: jax.Array) -> Slots:
-  """Slots at their first update; `class_c` of -1 makes an idle one."""
-  count = len(class_c)
-  token_cd = jnp.tile(token_d, (count, 1))
+def fresh_slots(settings: Settings, class_c: np.ndarray, start_knd: np.ndarray) -> Slots:
+  """Slots at their first update, each with the start of its class; `class_c` of -1 makes an idle one."""
+  class_c, count = jnp.asarray(class_c, jnp.int32), len(class_c)
+  token_cnd = jnp.asarray(start_knd)[class_c]
   zeros = jnp.zeros(count, jnp.int32)
-  return Slots(jnp.asarray(class_c, jnp.int32), zeros, jnp.full(count, settings.patience, jnp.int32), zeros, token_cd,
-               token_cd, jnp.full(count, np.inf, jnp.float32), zeros, jax.vmap(optimiser(settings).init)(token_cd))
+  return Slots(class_c, zeros, jnp.full(count, settings.patience, jnp.int32), zeros, token_cnd, token_cnd,
+               jnp.full(count, np.inf, jnp.float32), zeros, jax.vmap(optimiser(settings).init)(token_cnd))
 
 
 def spare_slots(settings: Settings, devices: jax.sharding.Mesh) -> int:
@@ -224,9 +229,9 @@ def noise(settings: Settings, seed: int, classes: Classes, slots: Slots, shape: 
 
 
 def denoiser(settings: Settings, sd: stable_diffusion.StableDiffusion, classes: Classes, class_b: jax.Array,
-             token_bd: jax.Array) -> diffusion.Denoise:
+             token_bnd: jax.Array) -> diffusion.Denoise:
   """The guided denoiser of rows of classes, each with its own token."""
-  text_bld = sd.text(classes.ids_kl[class_b], classes.slot_k[class_b], token_bd)
+  text_bld = sd.text(classes.ids_kl[class_b], token_bnd)
   return diffusion.guide(sd.unet, text_bld, sd.text(classes.null_l[None]), settings.guidance,
                          settings.stop_unconditional)
 
@@ -246,23 +251,23 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
   def prefix(frozen, slots):
     sd = nnx.merge(graphdef, frozen.params).sd
     x_bhwz = noise(settings, seed, frozen.classes, slots, sd.latent_shape)
-    denoise = denoiser(settings, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cd))
+    denoise = denoiser(settings, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cnd))
     return path.sampler.run(denoise, path.sampler.start(x_bhwz), 0, path.cut)
 
   def learn(frozen, slots, carry):
     guide, classes, class_b = nnx.merge(graphdef, frozen.params), frozen.classes, rows(slots.class_c)
 
-    def loss(token_sd):
-      denoise = denoiser(settings, guide.sd, classes, class_b, rows(token_sd))
+    def loss(token_snd):
+      denoise = denoiser(settings, guide.sd, classes, class_b, rows(token_snd))
       embeds_bd = guide.cdm(guide.sd.decode(path.finish(denoise, carry)))
       loss_b, cosines_bk = losses.cosine_cross_entropy(embeds_bd, classes.prototypes_kd, class_b,
                                                        settings.temperature, classes.allowed_k)
       loss_s, hit_s = (x.reshape(-1, settings.images).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
       return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
 
-    grad_sd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cd)
+    grad_snd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cnd)
     made_s = live(slots)
-    return update(settings, tx, slots, grad_sd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
+    return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
 
   def no_images(frozen, slots):
     rows = slots.class_c.shape[0] * settings.images
@@ -277,19 +282,19 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
                for function, idle in ((prefix, no_images), (learn, unchanged)))
 
 
-def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, grad_sd: jax.Array, loss_s: jax.Array,
+def update(settings: Settings, tx: optax.GradientTransformation, slots: Slots, grad_snd: jax.Array, loss_s: jax.Array,
            hit_s: jax.Array) -> Slots:
   """One update per slot and its stopping rules; slots that are not live stay as they are."""
-  finite_s = jnp.isfinite(loss_s) & jnp.isfinite(grad_sd).all(-1)
-  delta_sd, optimiser_state = jax.vmap(tx.update)(grad_sd, slots.optimiser, slots.token_cd)
+  finite_s = jnp.isfinite(loss_s) & jnp.isfinite(grad_snd).all((1, 2))
+  delta_snd, optimiser_state = jax.vmap(tx.update)(grad_snd, slots.optimiser, slots.token_cnd)
   better_s = finite_s & (loss_s < slots.best_loss_c)
   left_s = jnp.where(better_s, settings.patience, slots.left_c - 1)
   capped_s = slots.step_c + 1 >= settings.max_updates
   reason_s = jnp.select([~finite_s, hit_s > settings.stop_accuracy, left_s < 0, capped_s],
                         [REASONS.index(name) for name in ("nan", "accuracy", "patience", "cap")], 0)
   new = Slots(slots.class_c, slots.step_c + 1, left_s, reason_s.astype(jnp.int32),
-              jnp.where(finite_s[:, None], slots.token_cd + delta_sd, slots.token_cd),
-              jnp.where(better_s[:, None], slots.token_cd, slots.best_cd),
+              jnp.where(finite_s[:, None, None], slots.token_cnd + delta_snd, slots.token_cnd),
+              jnp.where(better_s[:, None, None], slots.token_cnd, slots.best_cnd),
               jnp.where(better_s, loss_s, slots.best_loss_c),
               jnp.where(better_s, slots.step_c, slots.best_step_c), optimiser_state)
   keep_s = live(slots)
@@ -300,34 +305,34 @@ def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classe
   """Prompts and prototypes of the task's unseen classes, filled up so that all tasks share one compilation."""
   rows = max(len(other.unseen) for other in ws.tasks.values())
   filled_k = np.resize(np.arange(len(task.unseen)), rows)
-  ids_kl, slot_k = ws.token_prompts(task)
+  learnt_kl, _ = ws.token_prompts(task)
   labels_k = np.array(task.unseen)[filled_k]
   allowed_k = np.arange(rows) < len(task.unseen)
-  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, ids_kl[filled_k], slot_k[filled_k],
-                                           ws.prototypes_kd[labels_k], ws.sd_tokenizer([""])[0]))
+  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, learnt_kl[filled_k], ws.prototypes_kd[labels_k],
+                                           ws.sd_tokenizer([""])[0]))
 
 
-def empty_outcome(settings: Settings, classes: int, width: int) -> Outcome:
+def empty_outcome(settings: Settings, start_knd: np.ndarray) -> Outcome:
   """An outcome in which no class has finished."""
-  curve = np.full((classes, settings.max_updates), np.nan, np.float32)
-  zeros = np.zeros(classes, np.int32)
-  return Outcome(zeros, np.zeros((classes, width), np.float32), zeros.copy(), zeros.copy(), curve, curve.copy())
+  curve = np.full((len(start_knd), settings.max_updates), np.nan, np.float32)
+  zeros = np.zeros(len(start_knd), np.int32)
+  return Outcome(zeros, np.zeros_like(start_knd), zeros.copy(), zeros.copy(), curve, curve.copy())
 
 
-def collect(outcome: Outcome, slots: Slots, next_class: int, settings: Settings, token_d: jax.Array, log, names):
+def collect(outcome: Outcome, slots: Slots, next_class: int, settings: Settings, start_knd: np.ndarray, log, names):
   """Moves finished classes from their slots into `outcome` and refills; `(slots, next_class)`."""
   class_c, reason_c = np.array(slots.class_c), np.asarray(slots.reason_c)
   finished = np.flatnonzero((class_c >= 0) & (reason_c > 0))
   for slot in finished:
     k = class_c[slot]
     outcome.done_k[k], outcome.reason_k[k] = 1, reason_c[slot]
-    outcome.token_kd[k], outcome.best_step_k[k] = slots.best_cd[slot], slots.best_step_c[slot]
+    outcome.token_knd[k], outcome.best_step_k[k] = slots.best_cnd[slot], slots.best_step_c[slot]
     if REASONS[reason_c[slot]] == "nan":
       log.warn(f"class {names[k]!r}: loss or gradient was not finite at update {int(slots.step_c[slot])}; "
                "kept its best token")
     class_c[slot], next_class = (next_class, next_class + 1) if next_class < len(names) else (-1, next_class)
   if len(finished):
-    fresh, new = fresh_slots(settings, class_c, token_d), np.isin(np.arange(len(class_c)), finished)
+    fresh, new = fresh_slots(settings, class_c, start_knd), np.isin(np.arange(len(class_c)), finished)
     slots = jax.tree.map(lambda a, b: jnp.where(new.reshape(-1, *(1,) * (a.ndim - 1)), a, b), fresh, slots)
   return slots, next_class
 
@@ -336,16 +341,16 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
                folder: pathlib.Path) -> Outcome:
   """Feeds the task's classes through the slots; resumes bit for bit from the last state that was saved."""
   names = [ws.dataset.names[label] for label in task.unseen]
-  token_d, frozen = ws.initial_token, learner.frozen(task)
+  start_knd, frozen = ws.token_starts(task), learner.frozen(task)
   first = np.arange(settings.slots)
-  slots = fresh_slots(settings, np.where(first < len(names), first, -1), token_d)
-  outcome, next_class = empty_outcome(settings, len(names), len(token_d)), min(settings.slots, len(names))
+  slots = fresh_slots(settings, np.where(first < len(names), first, -1), start_knd)
+  outcome, next_class = empty_outcome(settings, start_knd), min(settings.slots, len(names))
   state_file = folder / f"{task.name}_state.safetensors"
   saved = checkpoint.load_state(state_file, (slots, outcome, np.int32(next_class)))
   if saved is not None:
     slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
-  idle = fresh_slots(settings, np.full(spare_slots(settings, ws.mesh), -1), token_d)
+  idle = fresh_slots(settings, np.full(spare_slots(settings, ws.mesh), -1), start_knd)
   join = lambda *leaves: np.concatenate(leaves)
   while not outcome.done_k.all():
     class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
@@ -358,7 +363,7 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
         outcome.loss_ku[class_c[slot], step_c[slot] + ahead] = made.loss_c[slot]
         outcome.accuracy_ku[class_c[slot], step_c[slot] + ahead] = made.accuracy_c[slot]
     slots = jax.tree.map(lambda leaf: leaf[:settings.slots], jax.device_get(slots))
-    slots, next_class = collect(outcome, slots, next_class, settings, token_d, ws.log, names)
+    slots, next_class = collect(outcome, slots, next_class, settings, start_knd, ws.log, names)
     checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
     if made.made_c.any():
@@ -371,8 +376,13 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
 
 
 def write_outcome(outcome: Outcome, names: list[str], task: str, folder: pathlib.Path) -> dict:
-  """Tokens in diffusers' textual-inversion form, one vector per class name, and the learning curves."""
-  checkpoint.write_arrays(folder / TOKENS[task], dict(zip(names, outcome.token_kd)))
+  """Tokens by class name (`[d]`, or `[n, d]` of several vectors), as files for diffusers too, and learning curves."""
+  vectors = outcome.token_knd.squeeze(1) if outcome.token_knd.shape[1] == 1 else outcome.token_knd
+  checkpoint.write_arrays(folder / TOKENS[task], dict(zip(names, vectors)))
+  if task == "test":
+    for name, token_nd in zip(names, outcome.token_knd):
+      slug = prompts.slug(name)
+      textual_inversion.write(folder / "textual_inversion" / f"{slug}.safetensors", f"<{slug}>", token_nd)
   curves = {}
   for k, name in enumerate(names):
     made = int(np.isfinite(outcome.accuracy_ku[k]).sum())
@@ -407,8 +417,9 @@ class Learner:
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The steps for `--dry_run`: lowered for the test task, not run."""
   learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
-  slots = fresh_slots(settings, np.zeros(settings.slots + spare_slots(settings, ws.mesh)), ws.initial_token)
-  slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(ws.tasks["test"])
+  task = ws.tasks["test"]
+  slots = fresh_slots(settings, np.zeros(settings.slots + spare_slots(settings, ws.mesh)), ws.token_starts(task))
+  slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(task)
   carry = jax.eval_shape(learner.prefix, frozen, slots)
   return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
 
@@ -418,6 +429,7 @@ def validate(settings: Settings, ws: Workspace) -> None:
   gradient_path(settings, ws.schedule)
   for task in ws.tasks.values():
     ws.token_prompts(task)
+  ws.file_starts()
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:

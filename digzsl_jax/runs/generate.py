@@ -4,14 +4,13 @@ Images are addressed by class and index: `<task>/<source>/<class>/<index>.png`. 
 fixed composition, and a batch whose files are all there is skipped, so a killed run goes on in the middle
 of a class and ends with the same bytes.
 
-Shapes: b row of a compiled body, k class, h w pixel or latent position, z latent channel, d text width.
+Shapes: b row of a compiled body, k class, l prompt position, n vector of a token, h w pixel or latent position,
+z latent channel, d text width.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import pathlib
-import re
 from typing import NamedTuple
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, files, mesh
-from digzsl_jax.data import images, splits
+from digzsl_jax.data import images, prompts, splits
 from digzsl_jax.workspace import TOKENS, Workspace, check
 
 NEEDS = ("tokens",)
@@ -58,8 +57,7 @@ class Rows(NamedTuple):
   label_b: jax.Array  # class number in the data set, addresses the noise with the index
   index_b: jax.Array
   ids_bl: jax.Array
-  slot_b: jax.Array
-  token_bd: jax.Array
+  token_bnd: jax.Array
 
 
 class Job(NamedTuple):
@@ -86,7 +84,7 @@ def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, g
     one = lambda label, index: jax.random.normal(jax.random.fold_in(jax.random.fold_in(root, label), index),
                                                  sd.latent_shape)
     noise_bhwz = jax.vmap(one)(rows.label_b, rows.index_b)
-    text_bld = sd.text(rows.ids_bl, rows.slot_b, rows.token_bd)
+    text_bld = sd.text(rows.ids_bl, rows.token_bnd)
     denoise = diffusion.guide(sd.unet, text_bld, sd.text(null_l[None]), settings.guidance)
     images_bhwc = sd.decode(diffusion.sample(denoise, noise_bhwz, sampler))
     return jnp.round((images_bhwc + 1) * 127.5).astype(jnp.uint8)
@@ -97,25 +95,19 @@ def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, g
   return mesh.compile_chunked(generate, blank, devices, settings.batch)
 
 
-def slug(name: str) -> str:
-  """A class name as a folder name; a digest keeps names apart that differ in other characters only."""
-  plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-  return plain if plain.replace("-", " ") == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
 def task_prompts(ws: Workspace, task: splits.Task, folder: pathlib.Path) -> dict[str, list]:
-  """Ids, token position and token of every unseen class, by source; `plain` keeps the initial word."""
+  """Label, prompt and token of every unseen class, by source; no prompt of `plain` has its token in it."""
   learned = checkpoint.read_arrays(folder / TOKENS[task.name])
-  rows = list(zip(task.unseen, *ws.token_prompts(task)))
-  return {"learned": [(label, ids_l, slot, learned[ws.dataset.names[label]]) for label, ids_l, slot in rows],
-          "plain": [(label, ids_l, slot, ws.initial_token) for label, ids_l, slot in rows]}
+  token_knd = [np.atleast_2d(learned[ws.dataset.names[label]]) for label in task.unseen]
+  learnt_kl, plain_kl = ws.token_prompts(task)
+  return {"learned": list(zip(task.unseen, learnt_kl, token_knd)), "plain": list(zip(task.unseen, plain_kl, token_knd))}
 
 
 def batch_rows(jobs: list[Job], made: dict[str, list], size: int) -> Rows:
   """Rows of one batch; the last batch is filled up with copies of its last row, which are thrown away."""
   jobs = jobs + jobs[-1:] * (size - len(jobs))
-  label_b, ids_bl, slot_b, token_bd = map(np.array, zip(*(made[job.source][job.row] for job in jobs)))
-  return Rows(label_b, np.array([job.index for job in jobs]), ids_bl, slot_b, token_bd)
+  label_b, ids_bl, token_bnd = map(np.array, zip(*(made[job.source][job.row] for job in jobs)))
+  return Rows(label_b, np.array([job.index for job in jobs]), ids_bl, token_bnd)
 
 
 def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate, frozen, folder: pathlib.Path) -> dict:
@@ -123,7 +115,7 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
   names = [ws.dataset.names[label] for label in task.unseen]
   made = task_prompts(ws, task, ws.folder("tokens"))
   jobs = [Job(*job) for job in itertools.product(SOURCES, range(len(names)), range(settings.images))]
-  path = lambda job: folder / task.name / job.source / slug(names[job.row]) / f"{job.index:05d}.png"
+  path = lambda job: folder / task.name / job.source / prompts.slug(names[job.row]) / f"{job.index:05d}.png"
   size = settings.batch * ws.mesh.size
   # Batches start at multiples of the mesh-wide size: rows of a body stay `batch` whatever the mesh.
   batches = [jobs[start:start + size] for start in range(0, len(jobs), size)]
@@ -154,8 +146,8 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The sampler for `--dry_run`: lowered, not run."""
   generate, frozen = prepare(settings, ws)
   rows, length = settings.batch * ws.mesh.size, ws.sd_tokenizer.length
-  whole = Rows(*(np.zeros((rows, *shape), np.int32) for shape in ((), (), (length,), ())),
-               np.tile(ws.initial_token, (rows, 1)))
+  token_nd = ws.token_starts(ws.tasks["test"])[0]
+  whole = Rows(*(np.zeros((rows, *shape), np.int32) for shape in ((), (), (length,))), np.tile(token_nd, (rows, 1, 1)))
   return {"sample": generate.lower(frozen, jax.device_put(whole, mesh.by_class(ws.mesh)))}
 
 

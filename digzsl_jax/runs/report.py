@@ -261,19 +261,19 @@ def class_bars(results: Mapping, names: Sequence[str]) -> Html | None:
 
 
 def token_map(ws: Workspace) -> Html | None:
-  """t-SNE of all tokens and of the word that they start from."""
+  """t-SNE of all tokens, every vector a point, and of the word that they replace."""
   points = [(ws.config["tokens"]["initial"], "cross", ws.initial_token)]
   for task, marker in (("test", "dot"), ("validation", "ring")):
     if (path := ws.folder("tokens") / TOKENS[task]).exists():
       found = ordered(checkpoint.read_arrays(path), ws.dataset.names)
-      points += [(name, marker, vector_d) for name, vector_d in found.items()]
+      points += [(name, marker, vector_d) for name, token in found.items() for vector_d in np.atleast_2d(token)]
   if len(points) < 5:
     return None
   placed = page.tsne(np.stack([vector_d for *_, vector_d in points]), min(30, (len(points) - 1) / 3)).tolist()
   marks = [(*place, name, marker) for place, (name, marker, _) in zip(placed, points)]
   return page.section(
     "tokens", "Token map", "t-SNE of the class tokens (dots are unseen classes, rings validation classes, "
-    "the cross the word from which all start): tokens that lie together are similar words to the generator, "
+    "the cross the word of plain prompts): tokens that lie together are similar words to the generator, "
     "so look for neighbours that share an attribute; axes and long distances mean nothing.",
     tag("figure", page.scatter(marks, "t-SNE of the tokens")))
 

@@ -41,6 +41,7 @@ WORLDS = {  # what differs in the UNet, activation of the text tower, scheduler
 
 SLOT_K, NULL_L = np.array([2, 1, 3]), np.array([10, 11, 11, 11, 11, 11])
 IDS_KL = np.array([[10, 1, 2, 3, 11, 11], [10, 2, 7, 11, 11, 11], [10, 4, 5, 2, 9, 11]])
+LEARNT_KL = np.where(np.arange(6) == SLOT_K[:, None], TEXT["vocab_size"], IDS_KL)
 TOKENS_KD, PROTOTYPES_KD = np.random.default_rng(0).normal(size=(2, CLASSES, WIDTH)).astype(np.float32)
 OWN_B = np.repeat(np.arange(CLASSES), IMAGES)
 
@@ -133,11 +134,10 @@ def our_update(guide, settings, path, classes):
   graphdef, params = nnx.split(guide)
   prefix, learn = class_tokens.compile_steps(settings, 0, path, graphdef, mesh.make(1))
   frozen = class_tokens.Frozen(params, classes)
-  slots = class_tokens.fresh_slots(settings, np.arange(CLASSES), jnp.zeros(WIDTH))
-  slots = slots._replace(token_cd=jnp.asarray(TOKENS_KD))
+  slots = class_tokens.fresh_slots(settings, np.arange(CLASSES), TOKENS_KD[:, None])
   carry = prefix(frozen, slots)
   new, made = learn(frozen, slots, carry)
-  return made.loss_c, optax.tree.get(new.optimiser, "mu") / 0.1, carry
+  return made.loss_c, optax.tree.get(new.optimiser, "mu")[:, 0] / 0.1, carry
 
 
 def our_images(guide, settings, path, classes, carry):
@@ -145,7 +145,7 @@ def our_images(guide, settings, path, classes, carry):
 
   def images(params, carry):
     sd = nnx.merge(graphdef, params)
-    denoise = class_tokens.denoiser(settings, sd, classes, OWN_B, jnp.repeat(TOKENS_KD, IMAGES, 0))
+    denoise = class_tokens.denoiser(settings, sd, classes, OWN_B, jnp.repeat(TOKENS_KD, IMAGES, 0)[:, None])
     return sd.decode(path.finish(denoise, carry))
 
   return jax.jit(images)(params, carry)
@@ -159,11 +159,11 @@ def error(got_kd, want_kd):
 @pytest.mark.parametrize("world, name", [("sd21", "x0"), ("sd15", "last"), ("sd15", "last, stopped")])
 def test_update(worlds, world, name):
   (theirs, guide, schedule), settings = worlds[world], SETTINGS[name]
-  classes = class_tokens.Classes(label_k=np.array([5, 3, 4]), allowed_k=np.array([True] * CLASSES), ids_kl=IDS_KL,
-                                 slot_k=SLOT_K, prototypes_kd=PROTOTYPES_KD, null_l=NULL_L)
+  classes = class_tokens.Classes(label_k=np.array([5, 3, 4]), allowed_k=np.array([True] * CLASSES),
+                                 ids_kl=LEARNT_KL, prototypes_kd=PROTOTYPES_KD, null_l=NULL_L)
   classes, path = jax.tree.map(jnp.asarray, classes), class_tokens.gradient_path(settings, schedule)
   loss_k, gradient_kd, carry = our_update(guide, settings, path, classes)
-  slots = class_tokens.fresh_slots(settings, np.arange(CLASSES), jnp.zeros(WIDTH))
+  slots = class_tokens.fresh_slots(settings, np.arange(CLASSES), TOKENS_KD[:, None])
   noise_bhwz = class_tokens.noise(settings, 0, classes, slots, guide.sd.latent_shape)
   run = lambda settings: reference_update(theirs, settings, STEPS[world], path.cut, noise_bhwz)
   want_loss_k, want_kd, want_bhwc = run(settings)

@@ -117,8 +117,9 @@ def test_learnt_tokens_are_textual_inversions(folder, tmp_path):
   for name, vector in safetensors.torch.load_file(file).items():
     pipe.load_textual_inversion({name: vector}, token=f"<{name}>")
   for name, token_d in zip(names, tokens_kd.astype(np.float32)):
-    ids_l, slot = words.encode_with_slot("a photo of {token} {name}", name, "a")
-    ours_bld = sd.text(jnp.asarray(ids_l[None]), jnp.array([slot]), jnp.asarray(token_d[None]))
+    ids_l, place = words.encode_with_slot("a photo of {token} {name}", name, "a")
+    ids_l[place] = words.vocab_size
+    ours_bld = sd.text(jnp.asarray(ids_l[None]), jnp.asarray(token_d[None]))
     theirs_bld = pipe.encode_prompt(f"a photo of <{name}> {name}", "cpu", 1, False)[0]
     print(f"{name}: {np.abs(ours_bld - theirs_bld.detach().numpy()).max():.1e}")
     np.testing.assert_allclose(ours_bld, theirs_bld.detach().numpy(), rtol=0, atol=1e-5)
