@@ -3,30 +3,21 @@
 Each side runs in a process of its own, so that neither sees the other's memory or threads.
 """
 
+import argparse
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
 
 from digzsl_jax import checkpoint, cli, files
 from digzsl_jax.data import tokenizer
-from digzsl_jax.models import hub
+from digzsl_jax.models import hub, layers
 from digzsl_jax.verify import parts
-
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Diffusers folder of Stable Diffusion 1.x/2.x, or a hub id.",
-                                 required=True)
-PARTS = flags.DEFINE_list("parts", list(parts.BOUNDS), "Which parts to compare.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "mixed"],
-                          "Type of our computation; PyTorch's is float32, and only float32 is judged.")
-SIZE = flags.DEFINE_integer("size", 0, "Height and width of the latents, 0 for what the denoiser was trained on.")
-REPEATS = flags.DEFINE_integer("repeats", 2, "Calls after the first; the quickest counts.", lower_bound=0)
-REPORT = flags.DEFINE_string("report", None, "Also write the table to this file, as JSON.")
-
 
 def shapes(folder: pathlib.Path, size: int) -> parts.Shapes:
   """What inputs the folder's models take."""
@@ -83,36 +74,48 @@ def table(rows: list[dict]) -> str:
   return "\n".join(lines)
 
 
-def verify(folder: pathlib.Path, names: list[str], exchange: pathlib.Path) -> list[dict]:
+def verify(folder: pathlib.Path, args: argparse.Namespace, exchange: pathlib.Path) -> list[dict]:
   """Runs both sides on the same inputs and compares their answers."""
-  if unknown := sorted(set(names) - set(parts.BOUNDS)):
-    raise ValueError(f"--parts: {unknown} unknown; known are {list(parts.BOUNDS)}")
   words = tokenizer.Tokenizer.from_folder(folder / "tokenizer")
-  arrays = parts.inputs(shapes(folder, SIZE.value)) | {"ids_bl": words(parts.TEXTS[:3])}
+  arrays = parts.inputs(shapes(folder, args.size)) | {"ids_bl": words(parts.TEXTS[:3])}
   checkpoint.write_arrays(exchange / "inputs.safetensors", arrays)
-  common = (str(folder), str(exchange), str(REPEATS.value))
-  run_side("digzsl_jax.verify.reference", *common, *names)
-  run_side("digzsl_jax.verify.ours", *common, DTYPE.value, *names)
-  return compare(exchange, names, judged=DTYPE.value == "float32")
+  common = (str(folder), str(exchange), str(args.repeats))
+  run_side("digzsl_jax.verify.reference", *common, *args.parts)
+  run_side("digzsl_jax.verify.ours", *common, args.dtype, *args.parts)
+  return compare(exchange, args.parts, judged=args.dtype == "float32")
 
 
-def main(arguments: list[str]) -> None:
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  new = argparse.ArgumentParser(prog="python -m digzsl_jax.verify", description="Compares a checkpoint's models here "
+                                "with those of diffusers and transformers.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  add = new.add_argument
+  add("--checkpoint", required=True, help="diffusers folder of Stable Diffusion 1.x/2.x, or hub id as owner/name@revision")
+  add("--parts", nargs="+", choices=list(parts.BOUNDS), default=list(parts.BOUNDS), help="what to compare")
+  add("--dtype", choices=layers.DTYPES, default="float32",
+      help="of our computation; PyTorch's is float32, and only float32 is judged")
+  add("--size", type=int, default=0, help="height and width of the latents; 0 for what the denoiser was trained on")
+  add("--repeats", type=int, default=2, help="calls after the first, the quickest of which counts")
+  add("--report", help="also write the table to this JSON file")
+  return new
+
+
+def main(arguments: Sequence[str]) -> None:
   """Compares, prints the table and ends with status 1 if a part differs."""
-  if arguments[1:]:
-    sys.exit(f"error: {arguments[1:]} not understood")
+  args = parser().parse_args(arguments)
   absent = [name for name in ("torch", "diffusers", "transformers") if importlib.util.find_spec(name) is None]
   if absent:
     sys.exit(f"error: {', '.join(absent)} not installed, which this compares with: pip install torch==2.13.0, then "
              "pip install 'digzsl_jax[oracle]'")
   with cli.answer_in_one_line("nothing was changed"), tempfile.TemporaryDirectory() as exchange:
-    folder = hub.locate(CHECKPOINT.value, hub.STABLE_DIFFUSION)
-    rows = verify(folder, PARTS.value, pathlib.Path(exchange))
+    rows = verify(hub.locate(args.checkpoint, hub.STABLE_DIFFUSION), args, pathlib.Path(exchange))
     print(table(rows))
-    if REPORT.value:
-      files.write_json(REPORT.value, rows)
+    if args.report:
+      files.write_json(args.report, rows)
   if differing := [row["part"] for row in rows if row["agrees"] is False]:
     sys.exit(f"error: {', '.join(differing)} differ from PyTorch's by more than their bounds")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main(sys.argv[1:])

@@ -1,0 +1,233 @@
+"""Command line of plain text-to-image: `python -m digzsl_jax.generate --checkpoint=X --prompt="..." --out=DIR`.
+
+An image is addressed by its prompt and seed, `DIR/<prompt>/<seed>.png`, and carries both and all settings as PNG
+text. Work goes in batches of a fixed composition; one whose files are all there is skipped, so a killed run goes on
+and ends with the same bytes.
+
+Shapes: b image, l prompt position, n learnt vector, d text width, h w latent or pixel position, z latent channel.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import operator
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from digzsl_jax import cli, diffusion, logs, mesh
+from digzsl_jax.data import images, prompts, textual_inversion, tokenizer
+from digzsl_jax.models import hub, layers, stable_diffusion
+
+Image = tuple[str, int]  # prompt and seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """What an image depends on besides prompt and seed; it is written into the file."""
+
+  checkpoint: str
+  vae: str | None
+  tokens: Sequence[str]
+  negative: str
+  steps: int
+  sampler: str
+  guidance: float
+  guidance_rescale: float
+  height: int
+  width: int
+  dtype: str
+
+
+class Rows(NamedTuple):
+  """What one image is made from."""
+
+  seed_b: np.ndarray
+  ids_bl: np.ndarray
+  null_bl: np.ndarray
+
+
+def compile_images(settings: Settings, sampler: diffusion.Sampler, graphdef: nnx.GraphDef,
+                   latent_shape: tuple[int, int, int], devices: jax.sharding.Mesh, batch: int):
+  """The compiled `((params, vectors_nd), rows) -> images`, uint8; `batch` rows a body."""
+  def paint(frozen, rows):
+    params, vectors_nd = frozen
+    sd = nnx.merge(graphdef, params)
+
+    def noise(call: int | jax.Array) -> jax.Array:
+      key = lambda seed: jax.random.fold_in(jax.random.key(seed), call)
+      return jax.vmap(lambda seed: jax.random.normal(key(seed), latent_shape))(rows.seed_b)
+
+    text_bld, null_bld = (sd.text(ids_bl, vectors_nd) for ids_bl in (rows.ids_bl, rows.null_bl))
+    denoise = diffusion.guide(sd.unet, text_bld, null_bld, settings.guidance, rescale=settings.guidance_rescale)
+    # The first noise has number 0, that of a call the next one.
+    latents_bhwz = diffusion.sample(denoise, noise(0), sampler, lambda call: noise(call + 1))
+    return jnp.round((sd.decode(latents_bhwz) + 1) * 127.5).astype(jnp.uint8)
+
+  def blank(frozen, rows):
+    return jnp.zeros((batch, settings.height, settings.width, 3), jnp.uint8)
+
+  return mesh.compile_chunked(paint, blank, devices, batch)
+
+
+def read_prompts(given: list[str], file: str | None) -> list[str]:
+  """Prompts of the command line and of a file, each once, in their order."""
+  lines = []
+  if file is not None:
+    try:
+      lines = pathlib.Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+      raise ValueError(f"--prompts: {file} cannot be read ({error}); give a text file with a prompt in every "
+                       "line") from error
+  found = list(dict.fromkeys([*given, *filter(str.strip, lines)]))
+  if not found:
+    raise ValueError("there is no prompt: give --prompt or --prompts")
+  return found
+
+
+def read_tokens(paths: list[str], words: tokenizer.Tokenizer, width: int):
+  """`(words, vectors_nd)` of all files together; no vectors where there is no file."""
+  if not paths:
+    return words, None
+  tokens = [textual_inversion.read(path, width) for path in paths]
+  if twice := set.intersection(*map(set, tokens)) if len(tokens) > 1 else None:
+    raise ValueError(f"--tokens: {sorted(twice)} stand in several of {paths}; rename them in one")
+  return textual_inversion.extend(words, functools.reduce(operator.or_, tokens))
+
+
+def file_of(out: pathlib.Path, image: Image) -> pathlib.Path:
+  """Where an image goes."""
+  prompt, seed = image
+  return out / prompts.slug(prompt) / f"{seed:05d}.png"
+
+
+def written(image: Image, settings: Settings) -> dict[str, str]:
+  """What an image's file says of it."""
+  named = {"prompt": image[0], "seed": image[1], **dataclasses.asdict(settings)}
+  return {name: str(value) for name, value in named.items()}
+
+
+def is_there(out: pathlib.Path, image: Image, settings: Settings) -> bool:
+  """Whether an image is made already.
+
+  Raises:
+    ValueError: it is, but with other settings.
+  """
+  path, wanted = file_of(out, image), written(image, settings)
+  if not path.exists():
+    return False
+  found = images.read_text(path)
+  for field, value in wanted.items():
+    if found.get(field) != value:
+      raise ValueError(f"{path} was made with {field}={found.get(field)!r}, now it is {value!r}: choose another --out "
+                       "or delete the file")
+  return True
+
+
+def rows_of(batch: Sequence[Image], words: tokenizer.Tokenizer, negative: str, size: int) -> Rows:
+  """Rows of a batch; the last one is filled up with copies of its last image, which are thrown away."""
+  filled = [*batch, *batch[-1:] * (size - len(batch))]
+  return Rows(np.array([seed for _, seed in filled], np.uint32), words([prompt for prompt, _ in filled]),
+              words([negative] * size))
+
+
+def paint_missing(wanted: Sequence[Image], settings: Settings, sd: stable_diffusion.StableDiffusion,
+                  sampler: diffusion.Sampler, words: tokenizer.Tokenizer, vectors_nd: np.ndarray | None,
+                  out: pathlib.Path, batch: int, log: logs.Log) -> int:
+  """Makes what is not there of `wanted` and says how many that were."""
+  devices = mesh.make(0)
+  size = batch * devices.size
+  batches = [wanted[start:start + size] for start in range(0, len(wanted), size)]
+  todo = [batch for batch in batches if not all([is_there(out, image, settings) for image in batch])]
+  if not todo:
+    return 0
+  graphdef, params = nnx.split(sd)
+  shape = settings.height // sd.vae.factor, settings.width // sd.vae.factor, sd.latent_shape[-1]
+  paint = compile_images(settings, sampler, graphdef, shape, devices, batch)
+  frozen = jax.device_put((params, vectors_nd), mesh.replicated(devices))
+  count = sum(map(len, todo))
+  bar = log.progress(len(wanted), "images", done=len(wanted) - count)
+  for some in todo:
+    rows = jax.device_put(rows_of(some, words, settings.negative, size), mesh.by_class(devices))
+    for image, pixels_hwc in zip(some, np.asarray(paint(frozen, rows))):
+      images.write_png(file_of(out, image), pixels_hwc, written(image, settings))
+    bar.update(len(some))
+  bar.close()
+  return count
+
+
+def generate(args: argparse.Namespace) -> None:
+  """Makes what is missing of the images that the command line asks for; cheap checks come first."""
+  log, out = logs.Log(), pathlib.Path(args.out).expanduser()
+  asked = read_prompts(args.prompt, args.prompts)
+  path = hub.locate(args.checkpoint, hub.STABLE_DIFFUSION)
+  vae = args.vae and hub.locate(args.vae, hub.AUTOENCODER)
+  schedule = stable_diffusion.load_schedule(path)
+  sampler = diffusion.make_sampler(schedule, args.steps, args.sampler or None)
+  words = tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(path))
+  log.say(f"loading {args.checkpoint}")
+  sd = stable_diffusion.load(path, vae=vae, dtype=args.dtype)
+  log.say(f"on {logs.devices(jax.devices())} in {args.dtype}; what is compiled the first time takes a while")
+  words, vectors_nd = read_tokens(args.tokens, words, sd.text_width)
+  usual = sd.image_shape
+  height, width = args.height or usual[0], args.width or usual[1]
+  if height % sd.vae.factor or width % sd.vae.factor:
+    raise ValueError(f"--height {height} and --width {width} must be multiples of {sd.vae.factor}")
+  settings = Settings(args.checkpoint, args.vae, args.tokens, args.negative, args.steps, args.sampler, args.guidance,
+                      args.guidance_rescale, height, width, args.dtype)
+  wanted = list(itertools.product(asked, range(args.seed, args.seed + args.images)))
+  made = paint_missing(wanted, settings, sd, sampler, words, vectors_nd, out, args.batch, log)
+  log.say(f"{made} of {len(wanted)} images made now, in {out}")
+
+
+def parser() -> argparse.ArgumentParser:
+  """The flags."""
+  new = argparse.ArgumentParser(prog="python -m digzsl_jax.generate", description="Text to image.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  add = new.add_argument
+  add("--checkpoint", required=True, help="diffusers folder, single .safetensors file, or hub id as owner/name@revision")
+  add("--out", required=True, help="folder for the images")
+  add("--prompt", action="append", default=[], help="what to paint; may be given several times")
+  add("--prompts", help="text file with a prompt in every line")
+  add("--tokens", action="append", default=[], help="file of learnt tokens that prompts contain; several times")
+  add("--negative", default="", help="what guidance leads away from")
+  add("--seed", type=int, default=0, help="of every prompt's first image; the next ones count up")
+  add("--images", type=at_least(1), default=1, help="for every prompt")
+  add("--batch", type=at_least(1), default=1, help="images that each device paints at once")
+  add("--steps", type=at_least(1), default=25, help="of the sampler")
+  add("--sampler", default="", help='as "dpm++" or "euler_karras"; empty for the checkpoint\'s own')
+  add("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1, as SD-Turbo wants it, is off")
+  add("--guidance_rescale", type=float, default=0.0, help="phi of arXiv 2305.08891, section 3.4")
+  add("--height", type=at_least(1), help="in pixels; by default what the checkpoint was trained on")
+  add("--width", type=at_least(1), help="in pixels; by default what the checkpoint was trained on")
+  add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation")
+  add("--vae", help="folder of another autoencoder, as TAESD's")
+  return new
+
+
+def at_least(least: int):
+  """For argparse: an integer that is not below `least`."""
+  def number(text: str) -> int:
+    if (value := int(text)) < least:
+      raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    return value
+  return number
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Runs the command line."""
+  args = parser().parse_args(arguments)
+  cli.start()
+  with cli.answer_in_one_line("finished images are kept"):
+    generate(args)
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
