@@ -46,6 +46,15 @@ def test_grad_calls_beyond_the_sampler(tiny_world):
     class_tokens.gradient_path(settings, schedule)
 
 
+def test_tokens_are_not_learnt_through_new_noise(tiny_world):
+  from digzsl_jax.models import stable_diffusion
+  schedule = stable_diffusion.load_schedule(tiny_world / "sd")
+  for kind in ("euler_ancestral", "lcm", "dpm++_sde"):
+    with pytest.raises(ValueError, match=rf"sampler is '{kind.replace('+', '.')}'; it must be one that draws no new"):
+      class_tokens.gradient_path(token_settings(gradient="last", sampler=kind, steps=4), schedule)
+  assert class_tokens.gradient_path(token_settings(gradient="last", sampler="euler", steps=4), schedule).cut == 3
+
+
 def test_missing_data_folder(tmp_path):
   with pytest.raises(ValueError, match=f"{tmp_path}/none"):
     fashion_mnist.load(folder=str(tmp_path / "none"))
@@ -132,7 +141,7 @@ def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_pa
   for section, field, wrong, message in [
       ("mesh", "devices", 99, "config.mesh.devices is 99"),
       ("tokens", "initial", "crimsonishly", "config.tokens: the initialiser 'crimsonishly' is"),
-      ("generate", "sampler", "euler", "config.generate: .*'euler' is not supported"),
+      ("generate", "sampler", "heun", "config.generate: .*'heun' is not supported"),
       ("classifier", "images", 99, "config.classifier: images is 99, but config.generate.images is 2"),
       ("data", "train_per_class", -1, "config.data.train_per_class is -1"),
       ("data", "world", -1, "config.data: ")]:

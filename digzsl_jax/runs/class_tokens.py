@@ -50,7 +50,8 @@ class Settings:
       validation classes that it lacks start from the word.
     vectors: of S*, at consecutive positions, learnt together.
     gradient: "last" or "x0".
-    sampler: "ddim", "pndm" or "dpm++" for `last`, "" for the checkpoint's own; `x0` walks by DDIM.
+    sampler: "ddim", "pndm", "dpm++", "euler" or a variant of these without new noise for `last`, "" for the
+      checkpoint's own; `x0` walks by DDIM.
     steps: sampler steps for `last`; denoiser calls for `x0`, the last of them at `x0_timestep`.
     grad_calls: calls that carry gradient in `last`; 0 for what the reference in effect does, 2 with PNDM
       (whose last two calls it does not switch off) and otherwise 1.
@@ -134,6 +135,7 @@ def gradient_path(settings: Settings, schedule: diffusion.Schedule) -> Path:
     return Path(sampler, cut, lambda denoise, carry: sampler.predict_x0(denoise, carry, cut))
   kind = settings.sampler or schedule.kind
   sampler = diffusion.make_sampler(schedule, settings.steps, kind)
+  check(not sampler.stochastic, "sampler", kind, "one that draws no new noise, as 'ddim', 'pndm', 'dpm++' or 'euler'")
   grad_calls = settings.grad_calls or (2 if kind == "pndm" else 1)
   check(grad_calls <= sampler.calls, "grad_calls", grad_calls, f"at most {sampler.calls}, the calls that {kind} "
         f"makes for steps={settings.steps}")

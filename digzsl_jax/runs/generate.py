@@ -9,6 +9,7 @@ z latent channel, d text width.
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from digzsl_jax.workspace import TOKENS, Workspace, check
 NEEDS = ("tokens",)
 MODELS = ("sd",)
 NOISE_STREAM = 2  # keeps the noise of generation apart from the noise of learning
+FRESH_STREAM = 3  # and the noise that samplers draw on their way from both
 SOURCES = ("learned", "plain")
 
 
@@ -34,7 +36,8 @@ class Settings:
 
   Attributes:
     images: per class and source (N_gen).
-    sampler: "ddim", "pndm" or "dpm++", "" for the checkpoint's own.
+    sampler: "ddim", "pndm", "dpm++", "euler", "euler_ancestral", "lcm" or a variant that `diffusion.make_sampler`
+      names, "" for the checkpoint's own.
     steps: sampler steps.
     guidance: classifier-free guidance scale.
     batch: rows of one compiled body, so each device's share of a batch.
@@ -76,17 +79,23 @@ def plan(settings: Settings, ws: Workspace) -> diffusion.Sampler:
 def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, graphdef: nnx.GraphDef,
                     devices: jax.sharding.Mesh):
   """The compiled `(frozen, rows) -> images` with `frozen = (params, ids of the empty prompt)`."""
-  root = jax.random.fold_in(jax.random.key(seed), NOISE_STREAM)
+  def noise(rows, shape, stream, *call):
+    """By address (seed, class, image, call): the same in any batch, on any mesh."""
+    root = jax.random.fold_in(jax.random.key(seed), stream)
+
+    def one(label, index):
+      return jax.random.normal(functools.reduce(jax.random.fold_in, (label, index, *call), root), shape)
+
+    return jax.vmap(one)(rows.label_b, rows.index_b)
 
   def generate(frozen, rows):
     params, null_l = frozen
     sd = nnx.merge(graphdef, params)
-    one = lambda label, index: jax.random.normal(jax.random.fold_in(jax.random.fold_in(root, label), index),
-                                                 sd.latent_shape)
-    noise_bhwz = jax.vmap(one)(rows.label_b, rows.index_b)
+    noise_bhwz = noise(rows, sd.latent_shape, NOISE_STREAM)
+    fresh = lambda call: noise(rows, sd.latent_shape, FRESH_STREAM, call)
     text_bld = sd.text(rows.ids_bl, rows.token_bnd)
     denoise = diffusion.guide(sd.unet, text_bld, sd.text(null_l[None]), settings.guidance)
-    images_bhwc = sd.decode(diffusion.sample(denoise, noise_bhwz, sampler))
+    images_bhwc = sd.decode(diffusion.sample(denoise, noise_bhwz, sampler, fresh))
     return jnp.round((images_bhwc + 1) * 127.5).astype(jnp.uint8)
 
   def blank(frozen, rows):

@@ -1,0 +1,61 @@
+"""Generation: every draw of noise has an address, whatever the batch and the mesh."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from digzsl_jax import diffusion, mesh
+from digzsl_jax.models import stable_diffusion
+from digzsl_jax.runs import generate
+from digzsl_jax.workspace import parse
+
+ADDRESSES = [(3, 0), (3, 1), (5, 0), (40, 7)]  # class, index
+
+
+@pytest.fixture
+def paint(tiny_world):
+  """`paint(addresses, devices, batch, seed)`: images of one prompt by the ancestral Euler sampler, in three calls."""
+  sd, schedule = stable_diffusion.load(tiny_world / "sd"), stable_diffusion.load_schedule(tiny_world / "sd")
+  graphdef, params = nnx.split(sd)
+  length = 8
+
+  def images(addresses, devices=1, batch=2, seed=0):
+    settings = parse(generate.Settings, dict(images=1, sampler="euler_ancestral", steps=3, guidance=4.0, batch=batch),
+                     "generate")
+    sampler = diffusion.make_sampler(schedule, settings.steps, settings.sampler)
+    compiled = generate.compile_sampler(settings, seed, sampler, graphdef, mesh.make(devices))
+    label_b, index_b = np.array(addresses).T
+    b, width = len(addresses), sd.text_encoder.embed(jnp.array([[1]])).shape[-1]
+    rows = generate.Rows(label_b, index_b, np.ones((b, length), np.int32), np.ones(b, np.int32), np.ones((b, width)))
+    found = np.asarray(compiled((params, jnp.ones(length, jnp.int32)), rows))
+    return dict(zip(addresses, found))
+  return images
+
+
+def test_stochastic_sampling_does_not_depend_on_batch_or_mesh(paint):
+  images = paint(ADDRESSES)
+  assert all((one != other).any() for one, other in itertools.combinations(images.values(), 2))
+  for other in (paint(ADDRESSES[::-1]), paint(ADDRESSES[::-1], devices=2)):
+    for address in ADDRESSES:
+      np.testing.assert_array_equal(other[address], images[address])
+
+
+def test_first_noise_and_new_noise_of_each_call_are_apart(paint, monkeypatch):
+  def shown(sd, latents_bhwz):  # in a corner of the image, which has three channels and is larger
+    b, h, w, _ = latents_bhwz.shape
+    return jnp.zeros((b, *sd.image_shape)).at[:, :h, :w].set(jnp.tanh(latents_bhwz[..., :3]))
+  monkeypatch.setattr(stable_diffusion.StableDiffusion, "decode", shown)
+  drawn = []
+  for choose in (lambda noise, fresh: noise, lambda noise, fresh: fresh(jnp.int32(0)),
+                 lambda noise, fresh: fresh(jnp.int32(1))):
+    monkeypatch.setattr(diffusion, "sample", lambda denoise, noise, sampler, fresh, choose=choose: choose(noise, fresh))
+    drawn += [image[:8, :8] for image in paint(ADDRESSES).values()]
+  assert len(drawn) == 3 * len(ADDRESSES)
+  assert all((one != other).mean() > 0.9 for one, other in itertools.combinations(drawn, 2))
+  root = jax.random.fold_in(jax.random.key(0), generate.NOISE_STREAM)
+  noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(root, 3), 1), (8, 8, 4))[..., :3]
+  np.testing.assert_array_equal(drawn[1], jnp.round((jnp.tanh(noise) + 1) * 127.5).astype(np.uint8))
