@@ -7,6 +7,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import quickstart
@@ -146,6 +147,19 @@ def test_slots_are_refilled_and_idle_ones_cost_no_class(play):
   # A slot waits for the next look, every second update: 0 | 2 2 2 | idle and 1 1 1 | 3 | 4 4 4.
   assert script.calls == 2 * 7
   np.testing.assert_array_equal(outcome.loss_ku[2], losses[2])
+
+
+def test_vectors_of_a_token_are_one():
+  settings = class_tokens.Settings(**quickstart.get_config().tokens.to_dict() | dict(vectors=2, clip_norm=1.0))
+  start_knd = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
+  slots = class_tokens.fresh_slots(settings, np.array([1, 0]), start_knd)
+  np.testing.assert_array_equal(slots.token_cnd, start_knd[::-1])
+  grad_snd = jnp.array([[[0, 3, 0], [4, 0, 0]], [[1, 1, 1], [1, jnp.nan, 1]]], jnp.float32)
+  new = class_tokens.update(settings, class_tokens.optimiser(settings), slots, grad_snd, jnp.ones(2), jnp.zeros(2))
+  assert [class_tokens.REASONS[reason] for reason in new.reason_c] == ["running", "nan"]
+  np.testing.assert_allclose(optax.tree.get(new.optimiser, "mu")[0] / 0.1, grad_snd[0] / 5, rtol=1e-5)
+  assert (new.token_cnd != slots.token_cnd).tolist()[0] == (grad_snd != 0).tolist()[0]
+  np.testing.assert_array_equal(new.token_cnd[1], slots.token_cnd[1])
 
 
 @pytest.fixture

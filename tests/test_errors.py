@@ -11,7 +11,7 @@ from digzsl_jax import checkpoint, files, logs
 from digzsl_jax import main as command
 from digzsl_jax.data import datasets, fashion_mnist, images
 from digzsl_jax.runs import class_tokens, pretrain
-from digzsl_jax.workspace import parse
+from digzsl_jax.workspace import Workspace, parse
 
 
 def run(config, folder, *stages):
@@ -25,6 +25,7 @@ def token_settings(**changes):
 
 
 @pytest.mark.parametrize("changes, message", [
+    ({"vectors": 0}, "config.tokens.vectors is 0; it must be at least 1"),
     ({"steps": 0}, "config.tokens.steps is 0; it must be at least 1"),
     ({"stepps": 3}, r"config.tokens: unknown fields \['stepps'\]"),
     ({"gradient": "first"}, "config.tokens.gradient is 'first'; it must be 'last' or 'x0'"),
@@ -142,6 +143,8 @@ def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_pa
       ("mesh", "devices", 99, "config.mesh.devices is 99"),
       ("tokens", "initial", "crimsonishly", "config.tokens: the initialiser 'crimsonishly' is"),
       ("generate", "sampler", "heun", "config.generate: .*'heun' is not supported"),
+      ("tokens", "vectors", 99, "config.tokens: {token} of .*: shorten the template or take fewer vectors"),
+      ("tokens", "initial_file", "nowhere", "config.tokens.initial_file is 'nowhere', but there is no such file"),
       ("classifier", "images", 99, "config.classifier: images is 99, but config.generate.images is 2"),
       ("data", "train_per_class", -1, "config.data.train_per_class is -1"),
       ("data", "world", -1, "config.data: ")]:
@@ -149,6 +152,27 @@ def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_pa
     tiny_config[section][field] = wrong
     refused(message)
     tiny_config[section][field] = right
+
+
+def test_files_that_no_token_can_start_from(tiny_config, tmp_path):
+  def write(**tokens):
+    checkpoint.write_arrays(tmp_path / "start", {name: np.ones(shape, np.float32) for name, shape in tokens.items()})
+
+  tiny_config.tokens.initial_file = str(tmp_path / "start")
+  write(star=(3, 32))
+  message = "start has 3 vectors for 'plain crimson circle', but config.tokens.vectors is 1"
+  with pytest.raises(ValueError, match=f"config.tokens: .*{message}"):
+    run(tiny_config, tmp_path / "run", "cdm", "tokens")
+  assert not list((tmp_path / "run").rglob("*.safetensors"))
+  ws = Workspace(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path))
+  for tokens, message in [
+      ({"star": (768,)}, "start: token 'star' is 768 wide .Stable Diffusion 1.x., but the text tower 32;"),
+      ({"plain crimson circle": (32,)}, "start has no vectors for the classes .'plain crimson square', "),
+      ({"star": (32,), "ring": (32,)}, "'.; give a file of one token, or .* It holds .'ring', 'star'"),
+      ({"clip_l": (32,)}, "start holds .'clip_l'.: vectors for the two text towers")]:
+    write(**tokens)
+    with pytest.raises(ValueError, match=message):
+      ws.file_starts()
 
 
 def test_a_failed_attempt_does_not_claim_its_folder(tiny_config, tiny_world, tmp_path):

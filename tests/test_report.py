@@ -275,6 +275,15 @@ def test_tsne_keeps_clusters_apart(each):
   assert (labels[distance.argmin(1)] == labels).all()
 
 
+def test_every_vector_of_a_token_is_a_point(tmp_path):
+  ws = fake_run(tmp_path, np.random.default_rng(0))
+  one = str(report.token_map(ws)).count("<circle")
+  file = tmp_path / "tokens" / workspace.TOKENS["test"]
+  checkpoint.write_arrays(file, {name: np.stack([vector_d, -vector_d, 2 * vector_d])
+                                 for name, vector_d in checkpoint.read_arrays(file).items()})
+  assert str(report.token_map(ws)).count("<circle") == one + 2 * len(TEST)
+
+
 def test_tsne_of_equal_points_is_zero():
   assert not report_page.tsne(np.ones((6, 4)), 2.0).any()
 

@@ -58,7 +58,7 @@ def test_killed_at_six_moments(tiny_config, tmp_path, monkeypatch):
   files, results = products(tmp_path / "whole")
   assert len(files) == 2 + 2 * 2 * 12 * 2 and results["czsl"]["T1"] >= 0
   last = []  # where each attempt died: before anything, in cdm, in both tasks' tokens, among images, in classifier
-  for writes in (3, 11, 20, 14, 44, 85):
+  for writes in (3, 11, 20, 14, 56, 85):
     run_until(tiny_config, tmp_path / "cut", writes, monkeypatch)
     last.append(last_stage(tmp_path / "cut"))
   assert last == ["", "cdm", "tokens", "tokens", "generate", "classifier"]

@@ -67,6 +67,16 @@ def test_slot_takes_one_position(small):
   assert (position, ids_l.tolist()) == (1, small(["cat bird"])[0].tolist())
 
 
+def test_slot_of_several_vectors(small):
+  ids_l, position = small.encode_with_slot("a photo of {token} {name}", "striped star", "the", 3)
+  assert position == 4
+  assert ids_l.tolist() == small(["a photo of the the the striped star"])[0].tolist()
+  assert small.encode_with_slot("a photo of {token} {name}", "star", "a", 5)[0].tolist() == small(
+      ["a photo of" + " a" * 5])[0].tolist()
+  with pytest.raises(ValueError, match="falls at position 9, .* only 10: shorten the template or take fewer vectors"):
+    small.encode_with_slot("a photo of {token} {name}", "star", "a", 6)
+
+
 def test_slot_errors(small):
   with pytest.raises(ValueError, match="'zebra' is 5 tokens"):
     small.encode_with_slot("{token} {name}", "bird", "zebra")

@@ -136,8 +136,9 @@ class Tokenizer:
     before, after = (self.ids(part.replace("{name}", name)) for part in template.split("{token}"))
     position = 1 + len(before)
     if position + vectors >= self.length:
+      fewer = " or take fewer vectors" if vectors > 1 else ""
       raise ValueError(f"{{token}} of {template!r} with the name {name!r} falls at position {position + vectors - 1}, "
-                       f"but a text has only {self.length}: shorten the template")
+                       f"but a text has only {self.length}: shorten the template{fewer}")
     return np.array(self._frame(before + initial_ids * vectors + after), np.int32), position
 
   def _frame(self, ids: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Learns one token per unseen class: the vector S*, or a few side by side, whose samples the CDM recognises as it.
+"""Learns one token per unseen class: a vector S*, or several, whose samples the CDM recognises as that class.
 
 Only S* is trained and every weight is shared, so class is simply batch: a slot holds one class, all slots
 learn at once, and a slot whose class has finished takes the next one. No class ever sees another.
