@@ -1,6 +1,7 @@
 """Strict reading and atomic writing of model folders, without PyTorch."""
 
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -86,13 +87,92 @@ def test_stored_types_become_float32(saved, dtype):
   loaded = hub.load(Tiny, folder)
   assert loaded.conv.kernel.dtype == jnp.float32
   np.testing.assert_array_equal(loaded.conv.kernel[...], np.asarray(model.conv.kernel[...]).astype(dtype))
-  assert hub.load(Tiny, folder, param_dtype=jnp.bfloat16).conv.kernel.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("wanted", [jnp.float16, jnp.bfloat16])
+def test_each_parameter_keeps_its_own_type(saved, stored, wanted):
+  model, folder = saved
+  hub.save(model, folder, CONFIG, dtype=stored)
+  loaded = hub.abstract(Tiny, CONFIG)
+  loaded.conv.kernel = nnx.Param(jax.ShapeDtypeStruct(loaded.conv.kernel.shape, wanted))
+  hub.fill(loaded, hub.read_tensors(folder), source=folder)
+  assert loaded.conv.kernel.dtype == wanted and loaded.conv.bias.dtype == jnp.float32
+  np.testing.assert_array_equal(loaded.conv.kernel[...], np.asarray(model.conv.kernel[...], stored).astype(wanted))
 
 
 def test_switches_reach_the_constructor(saved):
   _, folder = saved
   with pytest.raises(hub.CheckpointError, match=r"conv.weight is \(4, 3, 3, 3\), wanted \(8, 3, 3, 3\)"):
     hub.load(Tiny, folder, wide=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 40, 1100), (1, 1, 300, 700), (700, 600), (1, 7), (7, 1), (5,), ()])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_kernels_larger_than_a_tile(shape, dtype):
+  kernel = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) % 1000
+  stored = np.ascontiguousarray(hub._to_torch(kernel)) if kernel.ndim > 1 else kernel
+  copy = hub._copy(hub._to_flax(stored) if kernel.ndim > 1 else stored, np.dtype(dtype))
+  np.testing.assert_array_equal(copy, kernel.astype(dtype))
+  assert copy.dtype == dtype and copy.flags.c_contiguous and copy.ctypes.data % 64 == 0
+  assert not np.shares_memory(copy, stored)
+
+
+class Watched(dict):
+  """Tensors that are made when they are asked for, as those of a file are; counts those in use at once."""
+
+  alive = most = 0
+
+  def __getitem__(self, key):
+    tensor = super().__getitem__(key).copy()
+    self.alive += 1
+    self.most = max(self.most, self.alive)
+    weakref.finalize(tensor, self.dropped)
+    return tensor
+
+  def dropped(self):
+    self.alive -= 1
+
+
+def test_one_copy_of_the_weights(saved, monkeypatch):
+  model, folder = saved
+  monkeypatch.setattr(hub, "_THREADS", 1)
+  tensors = Watched(hub.read_tensors(folder))
+  _same(hub.fill(hub.abstract(Tiny, CONFIG), tensors, source=folder), model)
+  assert (tensors.most, tensors.alive) == (1, 0)
+
+
+def test_nothing_of_a_loaded_model_depends_on_its_file(saved):
+  model, folder = saved
+  loaded, file = hub.load(Tiny, folder), folder / "model.safetensors"
+  file.write_bytes(bytes(file.stat().st_size))  # in place
+  _same(loaded, model)
+
+
+def test_shapes_are_checked_before_data_is_read(saved, monkeypatch):
+  _, folder = saved
+  _edit(folder, lambda tensors: tensors.update(scale=np.zeros(2, np.float32)))
+  monkeypatch.setattr(hub, "_copy", lambda *_: pytest.fail("data were read"))
+  with pytest.raises(hub.CheckpointError, match=r"scale is \(2,\), wanted \(\)"):
+    hub.load(Tiny, folder)
+
+
+def test_a_tensor_of_no_known_type(saved):
+  _, folder = saved
+  file = folder / "model.safetensors"
+  file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"'))
+  with pytest.raises(hub.CheckpointError, match="conv.weight is of type int32, wanted a floating type"):
+    hub.load(Tiny, folder)
+  file.write_bytes(file.read_bytes().replace(b'"I32"', b'"U32"'))
+  with pytest.raises(hub.CheckpointError, match="model.safetensors holds tensors of type U32; known are F64, F32"):
+    hub.load(Tiny, folder)
+
+
+def test_git_lfs_pointer_is_told_apart(saved):
+  _, folder = saved
+  (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+  with pytest.raises(hub.CheckpointError, match="model.safetensors is a Git LFS pointer.*git lfs pull"):
+    hub.load(Tiny, folder)
 
 
 def test_one_error_lists_every_name(saved):
@@ -167,7 +247,7 @@ def test_truncated_file_is_named(saved, keep):
 def test_pickles_are_refused(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(CONFIG))
   (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-  with pytest.raises(hub.CheckpointError, match=r"pickled weights \(pytorch_model.bin\).*safetensors"):
+  with pytest.raises(hub.CheckpointError, match=r"pickled weights \(pytorch_model.bin\).*safetensors.*_jax.convert"):
     hub.load(Tiny, tmp_path)
 
 

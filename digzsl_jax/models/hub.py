@@ -1,4 +1,4 @@
-"""Finds, reads, strictly loads and writes Hugging Face model folders, without PyTorch.
+"""Reads, strictly loads and writes Hugging Face model folders, without PyTorch.
 
 A model's attribute paths are the checkpoint's parameter names, so loading is a walk. Only the last
 word of a Flax layer's parameter (`kernel`, `scale`, `embedding`) and the axes of its kernel differ.
@@ -8,11 +8,15 @@ A model class says what else is historical with two optional functions:
   reference_name(attribute path) -> checkpoint key to write
 """
 
+import concurrent.futures
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -23,9 +27,13 @@ from digzsl_jax.files import write_atomic, write_json
 
 _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_LFS_POINTER = b"version https://git-lfs"
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64,
+           "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
 _FLAX_LAYERS = (nnx.Linear, nnx.Conv, nnx.Embed, nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm)
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias",
                "mean": "running_mean", "var": "running_var"}
+_THREADS = 4  # that read and convert tensors
 
 
 class CheckpointError(ValueError):
@@ -48,55 +56,107 @@ def read_json(path: os.PathLike) -> dict:
   return content
 
 
-def _shards(index: pathlib.Path) -> list[pathlib.Path]:
-  weight_map = read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict):
-    raise CheckpointError(f"{index} has no weight_map: download it again")
-  files = [index.parent / name for name in sorted(set(weight_map.values()))]
-  absent = [file.name for file in files if not file.is_file()]
-  if absent:
-    raise CheckpointError(f"{index} names files that are not beside it: {', '.join(absent)}; download them")
-  return files
+def weight_files(names: Collection[str], read_index: Callable[[str], Mapping], where: object) -> list[str]:
+  """Which files of a model folder hold the weights that are read; an index of shards comes before them.
 
+  Args:
+    names: of the files in the folder.
+    read_index: from the name of an index to its content.
+    where: the folder, for the message of an error.
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  if not folder.is_dir():
-    raise CheckpointError(f"no folder {folder} (looked for model weights in it): download it first")
+  Raises:
+    CheckpointError: none are safetensors, or the index names files that are not there.
+  """
   for variant in ("", ".fp16"):  # half precision only where full precision is absent
     for stem in _STEMS:
-      single = folder / f"{stem}{variant}.safetensors"
-      if single.is_file():
+      if (single := f"{stem}{variant}.safetensors") in names:
         return [single]
-      index = folder / f"{stem}.safetensors.index{variant}.json"
-      if index.is_file():
-        return _shards(index)
-  pickles = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
+      if (index := f"{stem}.safetensors.index{variant}.json") in names:
+        shards = read_index(index).get("weight_map")
+        if not isinstance(shards, dict):
+          raise CheckpointError(f"{where}/{index} has no weight_map: download it again")
+        shards = sorted(set(shards.values()))
+        if absent := [shard for shard in shards if shard not in names]:
+          raise CheckpointError(f"{where}/{index} names files that are not beside it: {', '.join(absent)}; download "
+                                "them")
+        return [index, *shards]
+  pickles = sorted(name for name in names if pathlib.PurePath(name).suffix in _PICKLES)
   if pickles:
-    raise CheckpointError(f"{folder} holds only pickled weights ({', '.join(pickles)}), which can run any "
-                          "code and are never read: get the repository's safetensors, or convert them with "
-                          "PyTorch's save_pretrained")
-  raise CheckpointError(f"no weights in {folder}: looked for {' or '.join(_STEMS)} as .safetensors, "
+    raise CheckpointError(f"{where} holds only pickled weights ({', '.join(pickles)}), which can run any code and are "
+                          "never read: get the repository's safetensors, or convert a download of the whole "
+                          "repository with `python -m digzsl_jax.convert FOLDER NEW_FOLDER` (needs the extra `oracle`)")
+  raise CheckpointError(f"no weights in {where}: looked for {' or '.join(_STEMS)} as .safetensors, "
                         ".safetensors.index.json or .fp16.safetensors")
 
 
-def read_tensors(folder: os.PathLike) -> dict[str, np.ndarray]:
-  """All tensors of a model folder under the names in its file, in their stored type.
+class Tensors(Mapping[str, np.ndarray]):
+  """Tensors of safetensors files under the names in them, in their stored type.
+
+  Each is mapped into memory when it is asked for, so shapes and types cost no reading, and what was read
+  is given back when the array is dropped.
+  """
+
+  def __init__(self, files: Iterable[pathlib.Path]):
+    """Reads the headers.
+
+    Raises:
+      CheckpointError: a file is damaged, or two hold the same tensor.
+    """
+    self._places = {}
+    for file in files:
+      places = _read_header(file)
+      if twice := sorted(self._places.keys() & places.keys()):
+        raise CheckpointError(f"{file} repeats tensors of another shard: {', '.join(twice)}")
+      self._places |= places
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    file, dtype, shape, start = self._places[key]
+    return np.asarray(np.memmap(file, dtype, "r", start, shape))
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._places)
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+
+def _read_header(file: pathlib.Path) -> dict[str, tuple[pathlib.Path, np.dtype, tuple[int, ...], int]]:
+  """Where each tensor of a safetensors file is; asks for the rest of the file to be read ahead from the disk."""
+  with file.open("rb") as stream:
+    if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+      raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
+    try:
+      with safetensors.safe_open(file, "np"):  # checks lengths and places
+        pass
+    except safetensors.SafetensorError as error:
+      raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is truncated or no safetensors file "
+                            f"({error}): download it again") from error
+    stream.seek(0)
+    size = int.from_bytes(stream.read(8), "little")
+    header = json.loads(stream.read(size))
+    if hasattr(os, "posix_fadvise"):
+      os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+  header.pop("__metadata__", None)
+  if unknown := sorted({tensor["dtype"] for tensor in header.values()} - _DTYPES.keys()):
+    raise CheckpointError(f"{file} holds tensors of type {', '.join(unknown)}; known are {', '.join(_DTYPES)}")
+  return {name: (file, np.dtype(_DTYPES[tensor["dtype"]]), tuple(tensor["shape"]), 8 + size + tensor["data_offsets"][0])
+          for name, tensor in header.items()}
+
+
+def read_tensors(path: os.PathLike) -> Tensors:
+  """The tensors of a model folder, or of one safetensors file.
 
   Raises:
     CheckpointError: no such folder, no safetensors in it, or a damaged file.
   """
-  tensors = {}
-  for file in _weight_files(pathlib.Path(folder)):
-    try:
-      stored = safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-      raise CheckpointError(f"{file} ({file.stat().st_size} bytes) is truncated or no safetensors file "
-                            f"({error}): download it again; a Git LFS pointer needs git lfs pull") from error
-    twice = sorted(tensors.keys() & stored.keys())
-    if twice:
-      raise CheckpointError(f"{file} repeats tensors of another shard: {', '.join(twice)}")
-    tensors.update(stored)
-  return tensors
+  path = pathlib.Path(path)
+  if path.is_file():
+    return Tensors([path])
+  if not path.is_dir():
+    raise CheckpointError(f"no folder {path} (looked for model weights in it): download it first")
+  names = {file.name for file in path.iterdir() if file.is_file()}
+  found = weight_files(names, lambda index: read_json(path / index), path)
+  return Tensors(path / name for name in found if name.endswith(".safetensors"))
 
 
 def _variables(model: nnx.Module) -> dict[str, tuple[tuple, nnx.Variable, bool]]:
@@ -119,23 +179,63 @@ def _to_torch(kernel: np.ndarray) -> np.ndarray:
   return np.moveaxis(kernel, (-1, -2), (0, 1))
 
 
-def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object,
-         param_dtype=jnp.float32) -> nnx.Module:
+def _copy(source: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """A C-ordered copy that JAX takes over on a CPU without another one, for which it must start at 64 bytes.
+
+  A transposed kernel is copied in tiles that stay in the processor's cache; numpy by itself takes three
+  times as long, and `jax.device_put` of the view up to twice.
+  """
+  size = source.size * dtype.itemsize
+  memory = np.empty(size + 64, np.uint8)
+  start = -memory.ctypes.data % 64
+  copy = memory[start:start + size].view(dtype).reshape(source.shape)
+  if source.ndim < 2 or source.flags.c_contiguous:
+    copy[...] = source
+    return copy
+  rows, columns = max(128 // math.prod(source.shape[:-2]), 1), 512
+  for row in range(0, source.shape[-2], rows):
+    for column in range(0, source.shape[-1], columns):
+      tile = ..., slice(row, row + rows), slice(column, column + columns)
+      copy[tile] = source[tile]
+  return copy
+
+
+def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object) -> nnx.Module:
   """Puts checkpoint tensors into a (possibly abstract) model, in place: each is used, each fits.
 
+  All names and shapes are checked before any data is read. Then every tensor is asked for again, converted
+  to the type of its parameter and dropped, so there is never more than one copy of the weights.
+
   Args:
-    model: from a constructor or `nnx.eval_shape` of one.
-    tensors: checkpoint keys to tensors of any floating type.
+    model: from a constructor or `abstract`.
+    tensors: checkpoint keys to tensors of any floating type; asked for tensors in several threads.
     source: where they came from, for the message of an error.
-    param_dtype: type of the parameters.
 
   Raises:
     CheckpointError: one message with every missing, unexpected, repeated or mis-shaped name.
   """
-  canonical_name = getattr(model, "canonical_name", lambda key: key)
   variables = _variables(model)
-  filled, keys, unexpected, unfit = {}, {}, [], []
-  for key, tensor in tensors.items():
+  keys = _match(model, variables, tensors, source)
+
+  def read(name: str) -> np.ndarray:
+    _, variable, is_kernel = variables[name]
+    tensor = tensors[keys[name]]
+    return _copy(_to_flax(tensor) if is_kernel else tensor, np.dtype(variable.dtype))
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
+    # Onto the device from this thread, whose default device it may have been told.
+    flat = [(path, variable.replace(jax.device_put(value)))
+            for (path, variable, _), value in zip(variables.values(), threads.map(read, variables))]
+  nnx.update(model, nnx.from_flat_state(flat))
+  return model
+
+
+def _match(model: nnx.Module, variables: Mapping[str, tuple], tensors: Mapping[str, np.ndarray],
+           source: object) -> dict[str, str]:
+  """`{checkpoint-style name: key}` for every variable, or the error that `fill` describes."""
+  canonical_name = getattr(model, "canonical_name", lambda key: key)
+  keys, unexpected, unfit = {}, [], []
+  for key in tensors:
     name = canonical_name(key)
     if name is None:
       continue
@@ -145,15 +245,9 @@ def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object
       unfit.append(f"{key} and {keys[name]} are the same parameter")
     else:
       keys[name] = key
-      path, variable, is_kernel = variables[name]
-      value = _to_flax(tensor) if is_kernel and tensor.ndim >= 2 else tensor
-      if value.shape != variable.shape:
-        wanted = np.broadcast_to(False, variable.shape)
-        unfit.append(f"{key} is {tensor.shape}, wanted {(_to_torch(wanted) if is_kernel else wanted).shape}")
-      elif not jnp.issubdtype(value.dtype, jnp.floating):
-        unfit.append(f"{key} is of type {value.dtype}, wanted a floating type")
-      else:
-        filled[path] = jnp.asarray(value, variable.dtype)
+      _, variable, is_kernel = variables[name]
+      if misfit := _misfit(tensors[key], variable.shape, is_kernel):
+        unfit.append(f"{key} is {misfit}")
   missing = sorted(variables.keys() - keys.keys())
   problems = [f"{title} ({len(names)}): {', '.join(names)}" for title, names in
               (("missing", missing), ("unexpected", sorted(unexpected)), ("unfit", sorted(unfit))) if names]
@@ -161,20 +255,37 @@ def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object
     headline = (f"{source}: the weights are not those of {type(model).__name__} with this config; "
                 "take config and weights from the same place")
     raise CheckpointError("\n  ".join([headline, *problems]))
-  flat = [(path, variable.replace(filled[path])) for path, variable, _ in variables.values()]
-  nnx.update(model, nnx.from_flat_state(flat))
-  return model
+  return keys
 
 
-def load(model_type: type, folder: os.PathLike, *, dtype=jnp.float32, param_dtype=jnp.float32,
-         **switches) -> nnx.Module:
+def _misfit(tensor: np.ndarray, shape: tuple[int, ...], is_kernel: bool) -> str | None:
+  wanted = np.broadcast_to(False, shape)
+  wanted = (_to_torch(wanted) if is_kernel else wanted).shape
+  if tensor.shape != wanted:
+    return f"{tensor.shape}, wanted {wanted}"
+  if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    return f"of type {tensor.dtype}, wanted a floating type"
+  return None
+
+
+def abstract(model_type: type, config: Mapping, **switches) -> nnx.Module:
+  """`model_type.from_json(config, **switches)` with shapes and types in place of weights.
+
+  Every parameter gets the same key: counting keys, as `nnx.Rngs` does, takes time that grows with the
+  square of their number under a trace (ten seconds for a full-size UNet).
+  """
+  key = jax.random.key(0)
+  rngs = types.SimpleNamespace(params=lambda: key)
+  return nnx.eval_shape(lambda: model_type.from_json(config, rngs=rngs, **switches))
+
+
+def load(model_type: type, folder: os.PathLike, *, dtype=jnp.float32, **switches) -> nnx.Module:
   """The model of a Hugging Face folder (`config.json` and safetensors), every parameter from the file.
 
   Args:
     model_type: class with `from_json(config, *, dtype, rngs)`.
     folder: local folder.
     dtype: type of the computation.
-    param_dtype: type of the parameters; float16 and bfloat16 files are widened to it.
     **switches: further arguments of `from_json`.
 
   Raises:
@@ -182,12 +293,14 @@ def load(model_type: type, folder: os.PathLike, *, dtype=jnp.float32, param_dtyp
   """
   folder = pathlib.Path(folder)
   config = read_json(folder / "config.json")
-  try:
-    model = nnx.eval_shape(lambda: model_type.from_json(config, dtype=dtype, rngs=nnx.Rngs(0), **switches))
-  except (KeyError, ValueError) as error:
-    reason = f"no field {error}" if isinstance(error, KeyError) else error
-    raise CheckpointError(f"{folder / 'config.json'} is no {model_type.__name__}: {reason}") from error
-  return fill(model, read_tensors(folder), source=folder, param_dtype=param_dtype)
+  with concurrent.futures.ThreadPoolExecutor(1) as thread:
+    tensors = thread.submit(read_tensors, folder)  # the disk reads ahead while the model is built
+    try:
+      model = abstract(model_type, config, dtype=dtype, **switches)
+    except (KeyError, ValueError) as error:
+      reason = f"no field {error}" if isinstance(error, KeyError) else error
+      raise CheckpointError(f"{folder / 'config.json'} is no {model_type.__name__}: {reason}") from error
+  return fill(model, tensors.result(), source=folder)
 
 
 def save(model: nnx.Module, folder: os.PathLike, config: Mapping, *, dtype=np.float16,
