@@ -62,6 +62,12 @@ def fingerprint(value: Any) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def fingerprint_file(path: os.PathLike) -> str:
+  """Fingerprint of a file's content."""
+  with pathlib.Path(path).open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def fingerprint_folder(folder: os.PathLike) -> str:
   """Fingerprint of the names and contents of all files below `folder`."""
   digest = hashlib.sha256()

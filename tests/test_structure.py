@@ -34,7 +34,7 @@ FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "ab
 OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 READS_FILES = {f"{PACKAGE}/models/hub.py"}
 # `load(folder)` of these joins a folder's name with those of its parts and leaves the reading to hub.
-NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", "cdm")}
+NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", "single_file", "cdm")}
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain"}
 
