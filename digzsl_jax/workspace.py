@@ -17,7 +17,7 @@ from flax import nnx
 from digzsl_jax import checkpoint, diffusion, losses, mesh
 from digzsl_jax.data import datasets, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
-from digzsl_jax.models import cdm, clip, hub, judge, stable_diffusion
+from digzsl_jax.models import cdm, clip, hub, judge, single_file, stable_diffusion
 
 T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
@@ -49,13 +49,13 @@ def check(good: bool, field: str, value: Any, legal: str) -> None:
 
 
 def resolve(path: str, field: str) -> pathlib.Path:
-  """Folder of a checkpoint: a path, or `embedded:world/name` for one that ships with the package.
+  """Where a checkpoint is: a path, or `embedded:world/name` for one that ships with the package.
 
   Raises:
     ValueError: there is none; the message names `field`, as "models.clip".
   """
   folder = WORLDS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else pathlib.Path(path).expanduser()
-  if not folder.is_dir():
+  if not folder.is_dir() and not (field == "models.sd" and folder.is_file()):
     shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
     raise ValueError(f"config.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
                      f"folder, or one of {shipped}")
@@ -68,13 +68,15 @@ class ModelSettings:
 
   Attributes:
     clip: CLIP folder with its tokenizer.
-    sd: diffusers folder of Stable Diffusion.
+    sd: Stable Diffusion, a diffusers folder or a single file.
+    vae: folder of another autoencoder for it, or "" for its own.
     judge: judge folder, or "" for none.
     prototype_template: prompt of the class prototypes, with `{name}`.
   """
 
   clip: str
   sd: str
+  vae: str
   judge: str
   prototype_template: str
 
@@ -126,10 +128,15 @@ class Workspace:
     """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP, and
     "initial_file" what class tokens start from."""
     encoder = self.config["cdm"]["encoder"]
-    paths = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "judge")}
+    paths = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "vae", "judge")}
     paths["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
     found = {field.partition(".")[2]: checkpoint.fingerprint_folder(resolve(path, field)) if path else None
              for field, path in paths.items()}
+    if single_file.is_single(self.sd_path):
+      beside = stable_diffusion.tokenizer_folder(self.sd_path), self.sd_path.parent / "scheduler"
+      found["sd"] = [checkpoint.fingerprint_file(self.sd_path), *map(checkpoint.fingerprint_folder, beside)]
+    if vae := found.pop("vae"):  # part of what stages know as "sd"
+      found["sd"] = {"files": found["sd"], "vae": vae}
     start = self.initial_file and checkpoint.fingerprint_file(self.initial_file)
     return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template},
                     "initial_file": start}
@@ -159,15 +166,21 @@ class Workspace:
   def clip_tokenizer(self) -> tokenizer.Tokenizer:
     return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "models.clip"))
 
+  @property
+  def sd_path(self) -> pathlib.Path:
+    """The folder or single file of Stable Diffusion."""
+    return resolve(self.models.sd, "models.sd")
+
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
     """Stable Diffusion; section `tokens` says whether its gradients save memory (`remat`).
 
     Raises:
-      ValueError: no such folder, or its tokenizer is another than the text encoder's; ids beyond both stand for
+      ValueError: no such checkpoint, or its tokenizer is another than the text encoder's; ids beyond both stand for
         learnt vectors.
     """
-    sd = stable_diffusion.load(resolve(self.models.sd, "models.sd"), remat=self.config["tokens"]["remat"])
+    autoencoder = resolve(self.models.vae, "models.vae") if self.models.vae else None
+    sd = stable_diffusion.load(self.sd_path, vae=autoencoder, remat=self.config["tokens"]["remat"])
     rows, known = sd.text_encoder.embeddings.token_embedding.num_embeddings, self.sd_tokenizer.vocab_size
     if rows != known:
       raise ValueError(f"config.models.sd: the tokenizer of {self.models.sd} has {known} tokens, but the text encoder "
@@ -177,11 +190,11 @@ class Workspace:
   @functools.cached_property
   def schedule(self) -> diffusion.Schedule:
     """The noise schedule of `sd`, without its weights."""
-    return stable_diffusion.load_schedule(resolve(self.models.sd, "models.sd"))
+    return stable_diffusion.load_schedule(self.sd_path)
 
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "models.sd") / "tokenizer")
+    return tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(self.sd_path))
 
   def token_prompts(self, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
     """Prompt ids of the task's unseen classes, `(learnt_kl, plain_kl)`.

@@ -1,6 +1,7 @@
 """Every test runs on eight virtual CPU devices with exact float32 products."""
 
 import os
+import pathlib
 
 # Before jax is imported anywhere: it reads them only once. What the environment says goes first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -29,6 +30,16 @@ def pytest_collection_modifyitems(items):
   # Files go to processes whole (--dist=loadfile): the long ones first, so that none is left alone at the end.
   slow = {item.path for item in items if item.get_closest_marker("slow")}
   items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def real_data():
+  """Folder of photographs and published weights, which are no part of the repository."""
+  beside = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+  folder = pathlib.Path(os.environ.get("DIGZSL_DATA", beside))
+  if not folder.is_dir():
+    pytest.skip("real data is absent: set DIGZSL_DATA to its folder")
+  return folder
 
 
 @pytest.fixture(scope="session")

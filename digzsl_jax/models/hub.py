@@ -323,3 +323,37 @@ def save(model: nnx.Module, folder: os.PathLike, config: Mapping, *, dtype=np.fl
     tensors[reference_name(name)] = np.array(_to_torch(value) if is_kernel else value, dtype, order="C")
   write_atomic(folder / file_name, lambda path: safetensors.numpy.save_file(tensors, path, {"format": "pt"}))
   write_json(folder / "config.json", config)
+
+
+class TensorFile(Mapping):
+  """The tensors of one safetensors file under the names in it, each read when it is asked for.
+
+  Attributes:
+    metadata: the file's own remarks, text by name.
+
+  Raises:
+    CheckpointError: there is no such file, or it is damaged.
+  """
+
+  def __init__(self, path: os.PathLike):
+    path = pathlib.Path(path)
+    if not path.is_file():
+      raise CheckpointError(f"no file {path}: download it first")
+    try:
+      self._file = safetensors.safe_open(path, "np")
+    except safetensors.SafetensorError as error:
+      raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file "
+                            f"({error}): download it again; a Git LFS pointer needs git lfs pull") from error
+    self.metadata = self._file.metadata() or {}
+    self._names = frozenset(self._file.keys())
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    if name not in self._names:
+      raise KeyError(name)
+    return self._file.get_tensor(name)
+
+  def __iter__(self):
+    return iter(sorted(self._names))
+
+  def __len__(self) -> int:
+    return len(self._names)

@@ -261,16 +261,21 @@ class Downsample2D(nnx.Module):
     return self.conv(x_bijd)
 
 
+def double(x_bijd: jax.Array) -> jax.Array:
+  """Every pixel twice in both directions."""
+  b, i, j, d = x_bijd.shape
+  return jnp.broadcast_to(x_bijd[:, :, None, :, None], (b, i, 2, j, 2, d)).reshape(b, 2 * i, 2 * j, d)
+
+
 class Upsample2D(nnx.Module):
-  """Every pixel twice in both directions, then a convolution."""
+  """`double`, then a convolution."""
 
   def __init__(self, channels: int, *, dtype, rngs: nnx.Rngs):
     self.conv = conv(channels, channels, 3, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_bijd: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     """`size`: height and width wanted, each twice the input's or one less."""
-    b, i, j, d = x_bijd.shape
-    x_bijd = jnp.broadcast_to(x_bijd[:, :, None, :, None], (b, i, 2, j, 2, d)).reshape(b, 2 * i, 2 * j, d)
+    x_bijd = double(x_bijd)
     if size is not None:  # nearest-neighbour resizing from n to 2 n - 1 is doubling without the last
       x_bijd = x_bijd[:, :size[0], :size[1]]
     return self.conv(x_bijd)

@@ -1,24 +1,28 @@
-"""Stable Diffusion as one module: text tower, denoiser and autoencoder of a diffusers folder.
+"""Stable Diffusion as one module: text tower, denoiser and autoencoder of a diffusers folder or a single file.
 
 Shapes: b image, l position, n learnt vector, d text width, h w pixel or latent position, c colour, z latent channel.
 """
 
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from digzsl_jax import diffusion
-from digzsl_jax.models import clip, hub, unet, vae
+from digzsl_jax.models import clip, hub, single_file, taesd, unet
+from digzsl_jax.models import vae as kl
+
+Autoencoder = kl.AutoencoderKL | taesd.AutoencoderTiny
 
 
 class StableDiffusion(nnx.Module):
   """What a prompt and noise pass through; weights only, the schedule is an argument elsewhere."""
 
   def __init__(self, text_encoder: clip.CLIPTextModel, denoiser: unet.UNet2DConditionModel,
-               autoencoder: vae.AutoencoderKL):
+               autoencoder: Autoencoder):
     self.text_encoder = text_encoder
     self.unet = denoiser
     self.vae = autoencoder
@@ -51,22 +55,81 @@ class StableDiffusion(nnx.Module):
   def image_shape(self) -> tuple[int, int, int]:
     """`(height, width, 3)` of decoded latents of `latent_shape`."""
     height, width, _ = self.latent_shape
-    factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-    return height * factor, width * factor, self.vae.config.out_channels
+    return height * self.vae.factor, width * self.vae.factor, self.vae.config.out_channels
 
   def decode(self, latents_bhwz: jax.Array) -> jax.Array:
     """Images in [-1, 1] (clipped) of latents as the denoiser knows them (scaled)."""
     return jnp.clip(self.vae.decode(latents_bhwz / self.vae.scaling_factor), -1, 1)
 
 
-def load(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = False) -> StableDiffusion:
-  """Reads `text_encoder`, `unet` and `vae` of a diffusers folder; `remat` saves memory in gradients."""
+def load(path: os.PathLike, *, vae: os.PathLike | None = None, dtype=jnp.float32,
+         remat: bool = False) -> StableDiffusion:
+  """Reads a diffusers folder (`text_encoder`, `unet`, `vae`) or a single `.safetensors` file.
+
+  Args:
+    path: the folder, or the file in the names of `single_file`.
+    vae: folder of another autoencoder in place of its own; see `load_autoencoder`.
+    dtype: type of the computation.
+    remat: compute activations again in the backward pass, which saves memory in gradients.
+
+  Raises:
+    CheckpointError: something is absent, damaged or does not fit.
+  """
+  read = _reader(pathlib.Path(path))
+  text_encoder = read(clip.CLIPTextModel, "text_encoder", dtype=dtype)
+  denoiser = read(unet.UNet2DConditionModel, "unet", dtype=dtype, remat=remat)
+  if vae is None:
+    return StableDiffusion(text_encoder, denoiser, read(kl.AutoencoderKL, "vae", dtype=dtype, remat=remat))
+  autoencoder = load_autoencoder(vae, dtype=dtype, remat=remat)
+  wanted, given = denoiser.config.in_channels, autoencoder.config.latent_channels
+  if wanted != given:
+    raise hub.CheckpointError(f"the autoencoder {vae} has latents of {given} channels, the denoiser of {path} takes "
+                              f"{wanted}: they do not belong together")
+  return StableDiffusion(text_encoder, denoiser, autoencoder)
+
+
+def load_autoencoder(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = False) -> Autoencoder:
+  """Reads the diffusers folder of an `AutoencoderKL` or `AutoencoderTiny`, or one with TAESD's own two files.
+
+  Raises:
+    CheckpointError: the folder is absent, damaged or holds none of these.
+  """
   folder = pathlib.Path(folder)
-  return StableDiffusion(hub.load(clip.CLIPTextModel, folder / "text_encoder", dtype=dtype),
-                         hub.load(unet.UNet2DConditionModel, folder / "unet", dtype=dtype, remat=remat),
-                         hub.load(vae.AutoencoderKL, folder / "vae", dtype=dtype, remat=remat))
+  raw = [folder / name for name in taesd.RAW_FILES]
+  if any(file.is_file() for file in raw):
+    tensors = taesd.from_raw(*map(hub.TensorFile, raw))
+    model = nnx.eval_shape(lambda: taesd.AutoencoderTiny.from_json({}, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    return hub.fill(model, tensors, source=folder)
+  is_tiny = hub.read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
+  return hub.load(taesd.AutoencoderTiny if is_tiny else kl.AutoencoderKL, folder, dtype=dtype, remat=remat)
 
 
-def load_schedule(folder: os.PathLike) -> diffusion.Schedule:
-  """Reads `scheduler` of a diffusers folder."""
-  return diffusion.Schedule.from_config(hub.read_json(pathlib.Path(folder) / "scheduler" / "scheduler_config.json"))
+def load_schedule(path: os.PathLike) -> diffusion.Schedule:
+  """Reads `scheduler` of a diffusers folder; of a single file, the one beside it or else its release's."""
+  path = pathlib.Path(path)
+  config = (single_file.SingleFile(path).configs["scheduler"] if single_file.is_single(path)
+            else hub.read_json(path / "scheduler" / "scheduler_config.json"))
+  return diffusion.Schedule.from_config(config)
+
+
+def tokenizer_folder(path: os.PathLike) -> pathlib.Path:
+  """`tokenizer` of a diffusers folder, or beside a single file.
+
+  Raises:
+    CheckpointError: a single file stands alone.
+  """
+  path = pathlib.Path(path)
+  if not single_file.is_single(path):
+    return path / "tokenizer"
+  folder = path.parent / "tokenizer"
+  if not folder.is_dir():
+    raise hub.CheckpointError(f"{path} holds no tokenizer, and there is no folder {folder}: put the folder tokenizer/ "
+                              "of the model's repository beside the file")
+  return folder
+
+
+def _reader(path: pathlib.Path) -> Callable[..., nnx.Module]:
+  """`read(model type, part, **switches)` of a folder or a single file."""
+  if single_file.is_single(path):
+    return single_file.SingleFile(path).load
+  return lambda model_type, part, **switches: hub.load(model_type, path / part, **switches)

@@ -187,6 +187,11 @@ class AutoencoderKL(nnx.Module):
     path, layer, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", name)
     return f"{path}.{RENAMED[layer]}.{kind}" if layer in RENAMED and ".attentions." in name else name
 
+  @property
+  def factor(self) -> int:
+    """Height of an image in units of its latents' height."""
+    return 2 ** (len(self.config.block_out_channels) - 1)
+
   def encode(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns `(mean_bhwz, logvar_bhwz)` of the unscaled latents; images are in [-1, 1]."""
     moments_bhwz = self.encoder(images_bhwc)

@@ -1,0 +1,109 @@
+"""TAESD against diffusers: same folder, same inputs, float32."""
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+from flax import nnx
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from digzsl_jax.models import stable_diffusion, taesd
+
+CONFIGS = {
+  "tiny": dict(encoder_block_out_channels=(16, 16), decoder_block_out_channels=(24, 24), num_encoder_blocks=(1, 2),
+               num_decoder_blocks=(2, 1), latent_channels=3, scaling_factor=0.7),
+  "deep": dict(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4)}
+
+
+def REFERENCE(**config):  # for the fixture `reference`
+  """With PyTorch's own first weights nothing of an image would be left after so many layers without norm."""
+  model = diffusers.AutoencoderTiny(**config)
+  with torch.no_grad():
+    for module in model.modules():
+      if isinstance(module, torch.nn.Conv2d):
+        module.weight *= 1.6
+  return model
+
+
+def to_torch(x_bhwc):
+  return torch.from_numpy(np.moveaxis(np.asarray(x_bhwc), -1, 1).copy())
+
+
+def to_numpy(x_bchw):
+  return x_bchw.detach().permute(0, 2, 3, 1).numpy()
+
+
+def close(name, got, want):
+  print(f"{name}: {np.abs(got - want).max():.1e} of {np.abs(want).max():.1f}")
+  assert 0.1 < want.std(axis=(1, 2)).max() < 3  # it depends on the input
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5, err_msg=name)
+
+
+def compare(theirs, ours, name, height, width, seed=0):
+  """Encodes random images and decodes latents that reach beyond the bound."""
+  rng, factor = np.random.default_rng(seed), ours.factor
+  images_bhwc = rng.uniform(-1, 1, (2, height, width, 3)).astype(np.float32)
+  images_bhwc = images_bhwc * np.linspace(0, 1, width, dtype=np.float32)[:, None]
+  latents_bhwz = 3 * rng.normal(size=(2, height // factor, width // factor, ours.config.latent_channels))
+  latents_bhwz = latents_bhwz.astype(np.float32)
+  with torch.no_grad():
+    want_bhwz = to_numpy(theirs.encode(to_torch(images_bhwc)).latents)
+    want_bhwc = to_numpy(theirs.decode(to_torch(latents_bhwz)).sample)
+  graphdef, state = nnx.split(ours)
+
+  def both(state, images_bhwc, latents_bhwz):
+    model = nnx.merge(graphdef, state)
+    return *model.encode(images_bhwc), model.decode(latents_bhwz)
+
+  mean_bhwz, logvar_bhwz, out_bhwc = jax.jit(both)(state, images_bhwc, latents_bhwz)
+  assert np.abs(latents_bhwz).max() > 2 * taesd.LATENT_BOUND and want_bhwc.shape == images_bhwc.shape
+  close(f"{name} latents", mean_bhwz, want_bhwz)
+  close(f"{name} images", out_bhwc, want_bhwc)
+  np.testing.assert_array_equal(np.exp(0.5 * logvar_bhwz), np.zeros_like(want_bhwz))
+
+
+@pytest.mark.parametrize("name, height, width", [("tiny", 16, 20), ("deep", 32, 24)])
+def test_encode_and_decode(reference, name, height, width):
+  theirs, folder = reference(name)
+  ours = stable_diffusion.load_autoencoder(folder)
+  assert type(ours) is taesd.AutoencoderTiny and ours.scaling_factor == theirs.config.scaling_factor
+  compare(theirs, ours, name, height, width)
+
+
+def test_odd_heights_are_encoded_alike(reference):
+  theirs, folder = reference("deep")
+  graphdef, state = nnx.split(stable_diffusion.load_autoencoder(folder))
+  images_bhwc = np.random.default_rng(0).uniform(-1, 1, (1, 27, 30, 3)).astype(np.float32)
+  with torch.no_grad():
+    want_bhwz = to_numpy(theirs.encode(to_torch(images_bhwc)).latents)
+  close("latents", jax.jit(lambda s, x: nnx.merge(graphdef, s).encode(x)[0])(state, images_bhwc), want_bhwz)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradient_of_latents(reference, remat):
+  theirs, folder = reference("deep")
+  graphdef, state = nnx.split(stable_diffusion.load_autoencoder(folder, remat=remat))
+  latents_bhwz = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32)
+  latents = to_torch(latents_bhwz).requires_grad_()
+  (theirs.decode(latents).sample ** 2).mean().backward()
+  want_bhwz = to_numpy(latents.grad)
+
+  def loss(latents_bhwz, state):
+    return (nnx.merge(graphdef, state).decode(latents_bhwz) ** 2).mean()
+
+  grad_bhwz = jax.jit(jax.grad(loss))(latents_bhwz, state)
+  error = np.abs(grad_bhwz - want_bhwz).max() / np.abs(want_bhwz).max()
+  print(f"gradient: {error:.1e} relative")
+  assert error < 1e-4
+
+
+def test_real_weights(real_data):
+  theirs = diffusers.AutoencoderTiny()
+  tensors = [safetensors.torch.load_file(real_data / "taesd" / name) for name in taesd.RAW_FILES]
+  for tower, stored, first in zip((theirs.encoder, theirs.decoder), tensors, (0, 1)):
+    # As the author's code has it: a sequence whose decoder begins with the squashing of latents.
+    steps = [torch.nn.Identity()] * first + list(tower.layers)
+    torch.nn.Sequential(*steps).load_state_dict(stored)
+  compare(theirs.eval(), stable_diffusion.load_autoencoder(real_data / "taesd"), "real", 64, 48)
