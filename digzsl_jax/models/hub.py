@@ -13,6 +13,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -124,7 +125,7 @@ def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object
   """Puts checkpoint tensors into a (possibly abstract) model, in place: each is used, each fits.
 
   Args:
-    model: from a constructor or `nnx.eval_shape` of one.
+    model: from a constructor or `abstract`.
     tensors: checkpoint keys to tensors of any floating type.
     source: where they came from, for the message of an error.
     param_dtype: type of the parameters.
@@ -166,6 +167,24 @@ def fill(model: nnx.Module, tensors: Mapping[str, np.ndarray], *, source: object
   return model
 
 
+class _OneKey:
+  """In place of `nnx.Rngs` where no weights are made: tracing its counter takes time quadratic in the layers."""
+
+  def params(self) -> jax.Array:
+    return jax.random.key(0)
+
+
+def abstract(model_type: type, config: Mapping, **switches) -> nnx.Module:
+  """The model without weights, `jax.ShapeDtypeStruct` in their place; takes a second at any size.
+
+  Args:
+    model_type: class with `from_json(config, *, rngs)`.
+    config: parsed `config.json`.
+    **switches: further arguments of `from_json`.
+  """
+  return nnx.eval_shape(lambda: model_type.from_json(config, rngs=_OneKey(), **switches))
+
+
 def load(model_type: type, folder: os.PathLike, *, dtype=jnp.float32, param_dtype=jnp.float32,
          **switches) -> nnx.Module:
   """The model of a Hugging Face folder (`config.json` and safetensors), every parameter from the file.
@@ -183,7 +202,7 @@ def load(model_type: type, folder: os.PathLike, *, dtype=jnp.float32, param_dtyp
   folder = pathlib.Path(folder)
   config = read_json(folder / "config.json")
   try:
-    model = nnx.eval_shape(lambda: model_type.from_json(config, dtype=dtype, rngs=nnx.Rngs(0), **switches))
+    model = abstract(model_type, config, dtype=dtype, **switches)
   except (KeyError, ValueError) as error:
     reason = f"no field {error}" if isinstance(error, KeyError) else error
     raise CheckpointError(f"{folder / 'config.json'} is no {model_type.__name__}: {reason}") from error
