@@ -75,6 +75,37 @@ def test_damaged_preprocessing_is_named(tmp_path, config):
     cdm.Preprocess.from_folder(tmp_path, 8)
 
 
+@pytest.mark.parametrize("stored, sizes", [
+    ({"size": {"shortest_edge": 12}, "crop_size": {"height": 8, "width": 8}, "do_center_crop": True}, (8, 12)),
+    ({"size": {"height": 12, "width": 12}}, (12, 12)),
+    ({"size": 12, "crop_size": 8, "do_center_crop": False}, (12, 12))])
+def test_a_model_of_any_size_takes_that_of_its_folder(tmp_path, stored, sizes):
+  (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
+  preprocess = cdm.Preprocess.from_folder(tmp_path, None)
+  assert (preprocess.size, preprocess.shortest) == sizes
+  out = preprocess(jnp.broadcast_to(jnp.arange(24.0)[:, None, None], (1, 24, 36, 3)))
+  assert out.shape == (1, sizes[0], sizes[0], 3)
+  top = (sizes[1] - sizes[0]) // 2  # the first row that is left of twelve, each the mean of two
+  np.testing.assert_allclose(out[0, 2:-2, 3, 0], 0.5 + 2 * (top + np.arange(sizes[0]))[2:-2], atol=1e-3)
+
+
+@pytest.mark.parametrize("stored, message", [
+    (None, "no preprocessor_config.json"), ({}, "size is None"), ({"size": {"longest_edge": "8"}}, "size is"),
+    ({"size": {}}, "size is"),
+    ({"size": 8, "crop_size": 12, "do_center_crop": True}, "crop_size 12 is more than size 8")])
+def test_a_model_of_any_size_needs_that_of_its_folder(tmp_path, stored, message):
+  if stored is not None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
+  with pytest.raises(hub.CheckpointError, match=message):
+    cdm.Preprocess.from_folder(tmp_path, None)
+
+
+def test_folder_of_no_encoder_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+  with pytest.raises(hub.CheckpointError, match="config.json: model_type 'bert' .* clip, dinov2, siglip"):
+    cdm.load_encoder(tmp_path, None, None)
+
+
 def test_clip_features_hold_pooled_state_and_unit_embedding(tmp_path):
   model, images = make_clip(), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
   features = cdm.Encoder(model, tmp_path)(images)
@@ -96,7 +127,7 @@ def test_residual_head_needs_clip(tmp_path):
   with pytest.raises(ValueError, match="width 17"):
     cdm.CDM(encoder, cdm.Head("mlp", 17, 32, 6, rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match="kind"):
-    run_cdm.Settings("some/vit", "residual", 16, 0.05, 1, 1, 1e-3, 0.0)
+    run_cdm.Settings("some/encoder", "residual", 16, 0.05, 1, 1, 1e-3, 0.0)
 
 
 def test_gradient_reaches_the_pixels(tmp_path):

@@ -74,6 +74,14 @@ def test_names_and_axes_are_those_of_torch(saved):
     assert file.metadata() == {"format": "pt"}
 
 
+def test_abstract_is_the_model_without_weights():
+  model = hub.abstract(Tiny, CONFIG, wide=True)
+  wanted = nnx.eval_shape(lambda: Tiny.from_json(CONFIG, wide=True, rngs=nnx.Rngs(0)))
+  assert nnx.graphdef(model) == nnx.graphdef(wanted)
+  assert jax.tree.leaves(nnx.state(model)) == jax.tree.leaves(nnx.state(wanted))
+  assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(nnx.state(model)))
+
+
 def test_round_trip_fills_every_parameter(saved):
   model, folder = saved
   _same(hub.load(Tiny, folder), model)

@@ -5,8 +5,9 @@ trained on real images of seen classes and then tells the class tokens how well 
 an unseen class, so everything from pixels to embedding is differentiable.
 
 Features of an image, one row for every later use:
-  CLIP  [pooled state of the vision tower | unit image embedding]   d + p numbers
-  ViT   [class position after the last norm]                        d numbers
+  CLIP         [pooled state of the vision tower | unit image embedding]   d + p numbers
+  ViT, DINOv2  [class position after the last norm]                        d numbers
+  SigLIP       [pooled state of the vision tower]                          d numbers
 
 Shapes: n image, b batch, i j height and width, c colour, f feature row, d width of the encoder,
 p width of the text space.
@@ -25,10 +26,14 @@ from flax import nnx
 from digzsl_jax.losses import normalise
 from digzsl_jax.models import hub, layers
 from digzsl_jax.models.clip import CLIPModel
+from digzsl_jax.models.dinov2 import Dinov2Model
+from digzsl_jax.models.siglip import SiglipVisionModel
 from digzsl_jax.models.vit import ViT
 
 KINDS = ("residual", "mlp")
-CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a ViT folder
+CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a folder
+MODELS = {"clip": CLIPModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel,
+          "siglip_vision_model": SiglipVisionModel, "vit": ViT}  # by `model_type` of the folder's config.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +44,34 @@ class Preprocess:
     size: height and width that the encoder takes.
     mean: of each colour, for images in [0, 1].
     std: of each colour.
+    shortest: what the shorter side becomes before the crop; None for `size`.
   """
 
   size: int
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  shortest: int | None = None
 
   @classmethod
-  def from_folder(cls, folder: os.PathLike, size: int) -> "Preprocess":
-    """Mean and std of `preprocessor_config.json`; without that file 0.5, as Google's ViTs have it.
+  def from_folder(cls, folder: os.PathLike, size: int | None) -> "Preprocess":
+    """What `preprocessor_config.json` says; without that file mean and std are 0.5, as Google's ViTs have it.
+
+    Args:
+      folder: of the encoder.
+      size: height and width that the encoder takes; None where any will do, and then the file must be
+        there and say both the size and what is cut off (DINOv2: 256 to the central 224).
 
     Raises:
-      CheckpointError: the file is damaged or gives other than three positive stds and three means.
+      CheckpointError: the file is absent but needed, damaged, or gives other than three means and three
+        positive stds.
     """
-    path = pathlib.Path(folder) / "preprocessor_config.json"
-    stored = hub.read_json(path) if path.is_file() else {}
+    path, shortest = pathlib.Path(folder) / "preprocessor_config.json", None
+    stored = hub.read_json(path) if size is None or path.is_file() else {}
+    if size is None:
+      shortest = _side(stored, "size", path)
+      size = _side(stored, "crop_size", path) if stored.get("do_center_crop") else shortest
+      if size > shortest:
+        raise hub.CheckpointError(f"{path}: crop_size {size} is more than size {shortest}; download it again")
     try:
       mean = tuple(map(float, stored.get("image_mean") or cls.mean))
       std = tuple(map(float, stored.get("image_std") or cls.std))
@@ -63,13 +81,14 @@ class Preprocess:
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
       raise hub.CheckpointError(f"{path}: image_mean {mean} and image_std {std} must be three numbers each, "
                                 "the stds positive")
-    return cls(size, mean, std)
+    return cls(size, mean, std, shortest)
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
-    """Shortest side to `size` (bicubic with antialias, as Pillow), centre crop, normalise."""
+    """Shorter side to `shortest` (bicubic with antialias, as Pillow), centre crop to `size`, normalise."""
     b, i, j, c = images_bijc.shape
-    if min(i, j) != self.size:
-      i, j = (self.size * side // min(i, j) for side in (i, j))
+    shortest = self.shortest or self.size
+    if min(i, j) != shortest:
+      i, j = (shortest * side // min(i, j) for side in (i, j))
       images_bijc = jax.image.resize(images_bijc, (b, i, j, c), "cubic", antialias=True)
     top, left = round((i - self.size) / 2), round((j - self.size) / 2)
     images_bijc = images_bijc[:, top:top + self.size, left:left + self.size]
@@ -77,36 +96,54 @@ class Preprocess:
     return (images_bijc - (2 * np.array(self.mean, np.float32) - 1)) * (0.5 / np.array(self.std, np.float32))
 
 
-class Encoder(nnx.Module):
-  """A frozen CLIP or ViT with its preprocessing; the module's docstring says what it returns."""
+def _side(stored: Mapping, field: str, path: pathlib.Path) -> int:
+  """The shorter side of a size as image processors write it: a number, or a dict of sides."""
+  value = stored.get(field)
+  side = min(value.values(), default=None) if isinstance(value, Mapping) else value
+  if not isinstance(side, int) or side < 1:
+    raise hub.CheckpointError(f"{path}: {field} is {value!r}, wanted a size in pixels; download it again")
+  return side
 
-  def __init__(self, model: CLIPModel | ViT, folder: os.PathLike):
+
+class Encoder(nnx.Module):
+  """A frozen model of images with its preprocessing; the module's docstring says what it returns.
+
+  Attributes:
+    tower: images to `(pooled_bd, out)`.
+    projection: of CLIP, from the pooled state to the text space; None for models without one.
+    width: d of the pooled state.
+  """
+
+  def __init__(self, model: CLIPModel | Dinov2Model | SiglipVisionModel | ViT, folder: os.PathLike):
     """`folder` is where the model comes from: its preprocessing stands there."""
-    self.model, self.is_clip = model, isinstance(model, CLIPModel)
-    embeddings = model.vision_model.embeddings if self.is_clip else model.embeddings
-    self.width = embeddings.patch_embedding.out_features if self.is_clip else embeddings.cls_token.shape[-1]
-    self.preprocess = Preprocess.from_folder(folder, embeddings.image_size)
+    is_clip = isinstance(model, CLIPModel)
+    self.tower, self.projection = (model.vision_model, model.visual_projection) if is_clip else (model, None)
+    self.width = self.tower.width
+    self.preprocess = Preprocess.from_folder(folder, self.tower.image_size)
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     """Features `[b, f]`, float32, of images in [-1, 1]."""
-    images_bijc = self.preprocess(images_bijc)
-    if not self.is_clip:
-      return self.model(images_bijc)[0].astype(jnp.float32)
-    pooled_bd, _ = self.model.vision_model(images_bijc)
-    embeds_bp = normalise(self.model.visual_projection(pooled_bd).astype(jnp.float32))
+    pooled_bd, _ = self.tower(self.preprocess(images_bijc))
+    if self.projection is None:
+      return pooled_bd.astype(jnp.float32)
+    embeds_bp = normalise(self.projection(pooled_bd).astype(jnp.float32))
     return jnp.concatenate([pooled_bd.astype(jnp.float32), embeds_bp], axis=-1)
 
 
 def load_encoder(name: str | os.PathLike, clip: CLIPModel, clip_folder: os.PathLike) -> Encoder:
-  """The encoder `name`: "clip" for the run's own, else the folder of a Hugging Face ViT.
+  """The encoder `name`: "clip" for the run's own, else a folder of the hub whose `model_type` is in `MODELS`.
 
   Raises:
-    CheckpointError: that folder is absent, damaged or no ViT.
+    CheckpointError: that folder is absent, damaged or of another type.
   """
   if name == CLIP:
     return Encoder(clip, clip_folder)
   folder = pathlib.Path(name).expanduser()
-  return Encoder(hub.load(ViT, folder), folder)
+  model_type = hub.read_json(folder / "config.json").get("model_type", "vit")
+  if model_type not in MODELS:
+    raise hub.CheckpointError(f"{folder / 'config.json'}: model_type {model_type!r} is no encoder of images that "
+                              f"is supported; use a folder of one of {', '.join(MODELS)}")
+  return Encoder(hub.load(MODELS[model_type], folder), folder)
 
 
 class Head(nnx.Module):
@@ -144,8 +181,8 @@ class CDM(nnx.Module):
   """Images in [-1, 1] to embeddings that are compared with prototypes by cosine."""
 
   def __init__(self, encoder: Encoder, head: Head):
-    if head.kind == "residual" and not encoder.is_clip:
-      raise ValueError('a "residual" head corrects CLIP\'s image embedding, which a ViT has not: use kind '
+    if head.kind == "residual" and encoder.projection is None:
+      raise ValueError('a "residual" head corrects CLIP\'s image embedding, which this encoder has not: use kind '
                        '"mlp"')
     if head.width != encoder.width:
       raise ValueError(f"the head takes features of width {head.width}, the encoder gives {encoder.width}: "

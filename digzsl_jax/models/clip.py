@@ -246,9 +246,15 @@ class VisionEmbeddings(nnx.Module):
 
 
 class CLIPVisionModel(nnx.Module):
-  """The vision tower (a ViT with a norm before its first layer)."""
+  """The vision tower (a ViT with a norm before its first layer).
+
+  Attributes:
+    width: of the pooled state.
+    image_size: height and width of the images that it takes.
+  """
 
   def __init__(self, config: VisionConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
+    self.width, self.image_size = config.hidden_size, config.image_size
     norm = lambda: layers.layer_norm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
     self.embeddings = VisionEmbeddings(config, dtype=dtype, rngs=rngs)
     self.pre_layrnorm = norm()  # sic: the name in every checkpoint

@@ -159,6 +159,7 @@ def embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
 def activation(name: str):
   """The function that a transformers config calls `hidden_act`."""
   known = {"gelu": lambda x: jax.nn.gelu(x, approximate=False),
+           "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
            "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
   if name not in known:
     raise ValueError(f"hidden_act {name!r} is not supported; use one of {sorted(known)}")

@@ -55,13 +55,17 @@ class Embeddings(nnx.Module):
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     b, i, j, _ = images_bijc.shape
-    if (i, j) != (self.image_size, self.image_size):
-      raise ValueError(f"images of {i}x{j} pixels for a model of image_size {self.image_size}: resize them")
+    positions_1ld = self.positions(i, j).astype(self.dtype)
     patches_bijd = self.patch_embeddings.projection(images_bijc)
     width = patches_bijd.shape[-1]
     class_b1d = jnp.broadcast_to(self.cls_token[...].astype(self.dtype), (b, 1, width))
-    x_bld = jnp.concatenate([class_b1d, patches_bijd.reshape(b, -1, width)], axis=1)
-    return x_bld + self.position_embeddings[...].astype(self.dtype)
+    return jnp.concatenate([class_b1d, patches_bijd.reshape(b, -1, width)], axis=1) + positions_1ld
+
+  def positions(self, i: int, j: int) -> jax.Array:
+    """Position embeddings `[1, l, d]` of images of `i` times `j` pixels."""
+    if (i, j) != (self.image_size, self.image_size):
+      raise ValueError(f"images of {i}x{j} pixels for a model of image_size {self.image_size}: resize them")
+    return self.position_embeddings[...]
 
 
 class Projections(nnx.Module):
@@ -123,18 +127,32 @@ class Layer(nnx.Module):
 
 
 class Encoder(nnx.Module):
-  """The layers, where checkpoints have them; `ViT` calls them one by one."""
+  """Layers one after another; `out` has "hidden" and "attention", as in `ViT`."""
 
-  def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
-    self.layer = nnx.List([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+  def __init__(self, layer: list[nnx.Module]):
+    self.layer = nnx.List(layer)
+
+  def __call__(self, x_bld: jax.Array) -> tuple[jax.Array, dict]:
+    out = {"hidden": [x_bld], "attention": []}
+    for layer in self.layer:
+      x_bld, weights_bhlm = layer(x_bld)
+      out["hidden"].append(x_bld)
+      out["attention"].append(weights_bhlm)
+    return x_bld, out
 
 
 class ViT(nnx.Module):
-  """Vision transformer whose class position is the feature of an image."""
+  """Vision transformer whose class position is the feature of an image.
+
+  Attributes:
+    width: of the feature.
+    image_size: height and width of the images that it takes.
+  """
 
   def __init__(self, config: ViTConfig, *, classes: int = 0, dtype=jnp.float32, rngs: nnx.Rngs):
+    self.width, self.image_size = config.hidden_size, config.image_size
     self.embeddings = Embeddings(config, dtype=dtype, rngs=rngs)
-    self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
+    self.encoder = Encoder([Layer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
     self.layernorm = layers.layer_norm(config.hidden_size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
     self.classifier = layers.linear(config.hidden_size, classes, dtype=dtype, rngs=rngs) if classes else None
 
@@ -167,12 +185,7 @@ class ViT(nnx.Module):
     Raises:
       ValueError: images of another size than the model's.
     """
-    x_bld = self.embeddings(images_bijc)
-    out = {"hidden": [x_bld], "attention": []}
-    for layer in self.encoder.layer:
-      x_bld, weights_bhlm = layer(x_bld)
-      out["hidden"].append(x_bld)
-      out["attention"].append(weights_bhlm)
+    x_bld, out = self.encoder(self.embeddings(images_bijc))
     x_bld = self.layernorm(x_bld)
     out["patches"] = x_bld[:, 1:]
     if self.classifier is not None:

@@ -33,9 +33,9 @@ class Settings:
   """How the head is trained: AdamW with cosine decay to zero on cached features.
 
   Attributes:
-    encoder: "clip", or the folder of a Hugging Face ViT.
-    kind: the head that guides class tokens, "residual" (CLIP only) or "mlp"; both are trained where
-      the encoder is CLIP.
+    encoder: "clip" for the run's own, or a Hugging Face folder of a ViT, DINOv2, SigLIP or another CLIP.
+    kind: the head that guides class tokens, "residual" ("clip" only) or "mlp"; both are trained where
+      the encoder is "clip".
     hidden: width between its two layers.
     temperature: divides the cosines.
     steps: updates.
@@ -52,7 +52,7 @@ class Settings:
   weight_decay: float
 
   def __post_init__(self):
-    check(bool(self.encoder), "encoder", self.encoder, f'"{cdm.CLIP}" or the folder of a ViT')
+    check(bool(self.encoder), "encoder", self.encoder, f'"{cdm.CLIP}" or the folder of an encoder')
     check(self.kind in self.kinds, "kind", self.kind, f"one of {self.kinds} for encoder {self.encoder!r}")
     for field in ("hidden", "steps", "batch"):
       check(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")

@@ -86,8 +86,8 @@ def real_images(features_nf: np.ndarray, labels_n: np.ndarray, unseen: Sequence[
 def columns(features: str, width: int, total: int) -> tuple[int, int]:
   """Which columns of a feature row `features` means; `width` is that of the pooled part."""
   if features == "embedding" and total == width:
-    raise ValueError('config.classifier.features is "embedding", but a ViT has no image embedding: use '
-                     '"pooled"')
+    raise ValueError('config.classifier.features is "embedding", but the encoder of the CDM has no image '
+                     'embedding: use "pooled"')
   return {"pooled": (0, width), "embedding": (width, total), "all": (0, total)}[features]
 
 

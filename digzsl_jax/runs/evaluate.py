@@ -96,7 +96,7 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
   found = {"clip_zero_shot": softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_np @ prototypes_kp.T)}
   for kind in cdm.KINDS:
     folder = ws.folder("cdm") / f"{task.name}_{kind}"
-    if folder.exists():  # a ViT has no residual head
+    if folder.exists():  # only the run's own CLIP has a residual head
       embeds = losses.normalise(cdm.load_head(folder)(features_nf))
       found[f"cdm_prototype_{kind}"] = softmax(embeds @ prototypes_kp.T / ws.config["cdm"]["temperature"])
   found["cdm_prototype"] = found[f"cdm_prototype_{ws.config['cdm']['kind']}"]
