@@ -24,7 +24,7 @@ from flax import nnx
 
 from digzsl_jax import cli, diffusion, logs, mesh
 from digzsl_jax.data import images, prompts, textual_inversion, tokenizer
-from digzsl_jax.models import hub, layers, stable_diffusion
+from digzsl_jax.models import download, layers, stable_diffusion
 
 Image = tuple[str, int]  # prompt and seed
 
@@ -54,6 +54,12 @@ class Rows(NamedTuple):
   null_bl: np.ndarray
 
 
+def noise(seed_b: jax.Array, number: int | jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+  """Standard normal noise, `[b, h, w, z]`: number 0 is what an image begins with, the next are those of the calls."""
+  one = lambda seed: jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), shape)
+  return jax.vmap(one)(seed_b)
+
+
 def compile_images(settings: Settings, sampler: diffusion.Sampler, graphdef: nnx.GraphDef,
                    latent_shape: tuple[int, int, int], devices: jax.sharding.Mesh, batch: int):
   """The compiled `((params, vectors_nd), rows) -> images`, uint8; `batch` rows a body."""
@@ -61,14 +67,10 @@ def compile_images(settings: Settings, sampler: diffusion.Sampler, graphdef: nnx
     params, vectors_nd = frozen
     sd = nnx.merge(graphdef, params)
 
-    def noise(call: int | jax.Array) -> jax.Array:
-      key = lambda seed: jax.random.fold_in(jax.random.key(seed), call)
-      return jax.vmap(lambda seed: jax.random.normal(key(seed), latent_shape))(rows.seed_b)
-
     text_bld, null_bld = (sd.text(ids_bl, vectors_nd) for ids_bl in (rows.ids_bl, rows.null_bl))
     denoise = diffusion.guide(sd.unet, text_bld, null_bld, settings.guidance, rescale=settings.guidance_rescale)
-    # The first noise has number 0, that of a call the next one.
-    latents_bhwz = diffusion.sample(denoise, noise(0), sampler, lambda call: noise(call + 1))
+    fresh = functools.partial(noise, rows.seed_b, shape=latent_shape)
+    latents_bhwz = diffusion.sample(denoise, fresh(0), sampler, lambda call: fresh(call + 1))
     return jnp.round((sd.decode(latents_bhwz) + 1) * 127.5).astype(jnp.uint8)
 
   def blank(frozen, rows):
@@ -165,10 +167,10 @@ def paint_missing(wanted: Sequence[Image], settings: Settings, sd: stable_diffus
 
 def generate(args: argparse.Namespace) -> None:
   """Makes what is missing of the images that the command line asks for; cheap checks come first."""
-  log, out = logs.Log(), pathlib.Path(args.out).expanduser()
+  log, out = logs.Log(None), pathlib.Path(args.out).expanduser()
   asked = read_prompts(args.prompt, args.prompts)
-  path = hub.locate(args.checkpoint, hub.STABLE_DIFFUSION)
-  vae = args.vae and hub.locate(args.vae, hub.AUTOENCODER)
+  path = download.locate(args.checkpoint, download.STABLE_DIFFUSION)
+  vae = args.vae and download.locate(args.vae, download.AUTOENCODER)
   schedule = stable_diffusion.load_schedule(path)
   sampler = diffusion.make_sampler(schedule, args.steps, args.sampler or None)
   words = tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(path))

@@ -23,9 +23,11 @@ PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensor
 class Log:
   """Appends scalars to `metrics.jsonl` and speaks to the person who waits."""
 
-  def __init__(self, workdir: pathlib.Path):
-    workdir.mkdir(parents=True, exist_ok=True)
-    self._file = workdir / "metrics.jsonl"
+  def __init__(self, workdir: pathlib.Path | None):
+    """Without a `workdir` there is nowhere for metrics."""
+    if workdir is not None:
+      workdir.mkdir(parents=True, exist_ok=True)
+      self._file = workdir / "metrics.jsonl"
     self._start = time.monotonic()
 
   def say(self, text: str) -> None:

@@ -1,8 +1,6 @@
 """Command line: `python -m digzsl_jax.main --config=configs/quickstart.py --workdir=DIR [--config.x.y=z]`."""
 
 import functools
-import logging
-import os
 import pathlib
 import sys
 
@@ -10,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from digzsl_jax import checkpoint, logs, mesh
+from digzsl_jax import checkpoint, cli, logs, mesh
 from digzsl_jax.runs import cdm, class_tokens, classifier, evaluate, generate, pretrain, report
 from digzsl_jax.workspace import Workspace, parse
 
@@ -85,17 +83,14 @@ def main(arguments: list[str]) -> None:
   """Runs the method that the config names; a user's mistake ends it with a message, not a traceback."""
   if arguments[1:]:
     sys.exit(f"error: {arguments[1:]} not understood; settings are written --config.section.field=value")
-  logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)  # not that there is no TPU
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
   workdir = pathlib.Path(WORKDIR.value or f"runs/{name}").expanduser()
   config = CONFIG.value.to_dict()
   # `--config.stages=cdm,tokens` arrives as a tuple of one string.
   config["stages"] = tuple(name for entry in config["stages"] for name in entry.split(","))
   mesh.divide_cpu()
-  if not jax.config.jax_compilation_cache_dir:  # a second run starts warm
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/digzsl_jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  try:
+  cli.start()
+  with cli.answer_in_one_line(f"finished stages are kept in {workdir}"):
     log = logs.Log(workdir)
     log.say(f"{name} in {workdir} on {logs.devices(jax.devices())}")
     if DRY_RUN.value:
@@ -104,10 +99,6 @@ def main(arguments: list[str]) -> None:
       raise ValueError(f"config.method is {config['method']!r}; it must be one of {list(METHODS)}")
     checkpoint.check_method(workdir, config["method"])
     METHODS[config["method"]](config, workdir, log, DRY_RUN.value)
-  except (ValueError, OSError) as error:
-    if os.environ.get("DIGZSL_TRACEBACK"):
-      raise
-    sys.exit(f"error: {error}\n(set DIGZSL_TRACEBACK=1 for the traceback; finished stages are kept in {workdir})")
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ class Workspace:
     path, count, names = self.initial_file, self.config["tokens"]["vectors"], self.dataset.names
     if path is None:
       return {}
-    found = textual_inversion.read(path, self.sd.text_encoder.embeddings.token_embedding.features)
+    found = textual_inversion.read(path, self.sd.text_width)
     if len(found) == 1 and not found.keys() & set(names):
       found = dict.fromkeys(names, *found.values())
     if missing := [names[label] for label in self.dataset.unseen if names[label] not in found]:

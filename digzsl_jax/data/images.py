@@ -4,9 +4,10 @@ Shapes: h w pixel, c colour channel (RGB).
 """
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from digzsl_jax.files import write_atomic
 
@@ -27,8 +28,28 @@ def read_png(path: str | os.PathLike) -> np.ndarray:
                      "again, or fetch it again") from error
 
 
-def write_png(path: str | os.PathLike, image_hwc: np.ndarray) -> None:
-  """Writes uint8 RGB `[h, w, c]` atomically: readers see the old file or the whole new one."""
+def read_text(path: str | os.PathLike) -> dict[str, str]:
+  """What `write_png` wrote beside the pixels.
+
+  Raises:
+    ValueError: as `read_png`.
+  """
+  try:
+    with Image.open(path) as image:
+      image.load()
+      return dict(image.text)
+  except (OSError, SyntaxError, ValueError, AttributeError) as error:
+    raise ValueError(f"{path} is truncated or no PNG ({error}); delete it, and it is made again") from error
+
+
+def write_png(path: str | os.PathLike, image_hwc: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+  """Writes uint8 RGB `[h, w, c]` atomically: readers see the old file or the whole new one.
+
+  `text` goes into the file beside the pixels, as PNG's `iTXt`.
+  """
   if image_hwc.dtype != np.uint8 or image_hwc.ndim != 3 or image_hwc.shape[-1] != 3:
     raise ValueError(f"{path}: a picture is uint8 [h, w, 3], not {image_hwc.dtype} {list(image_hwc.shape)}")
-  write_atomic(path, lambda temporary: Image.fromarray(image_hwc).save(temporary, format="PNG"))
+  said = PngImagePlugin.PngInfo()
+  for name, value in (text or {}).items():
+    said.add_itxt(name, value)
+  write_atomic(path, lambda temporary: Image.fromarray(image_hwc).save(temporary, format="PNG", pnginfo=said))

@@ -28,8 +28,8 @@ def class_name(raw: str) -> str:
 
 
 def slug(name: str) -> str:
-  """A class name as a file name; a digest keeps names apart that differ in other characters only."""
-  plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+  """A class name or prompt as a file name; a digest keeps apart what differs in other characters or further on."""
+  plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]
   return plain if plain.replace("-", " ") == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 

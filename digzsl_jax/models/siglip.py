@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digzsl_jax.models import clip, layers
+from digzsl_jax.models.attention import attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,7 @@ class PackedAttention(nnx.Module):
   """PyTorch's `MultiheadAttention`: the three projections stacked in one matrix `[3 d, d]`."""
 
   def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
-    self.heads, self.dtype = heads, dtype
+    self.heads, self.dtype = heads, layers.types(dtype)[0]
     self.in_proj_weight = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (3 * width, width)))
     self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
     self.out_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
@@ -84,7 +85,7 @@ class PackedAttention(nnx.Module):
     biases = jnp.split(self.in_proj_bias[...].astype(self.dtype), 3)
     q, k, v = (layers.split_heads(inputs @ kernel + bias, self.heads)
                for inputs, kernel, bias in zip((query_bld, x_bmd, x_bmd), kernels, biases))
-    out_blhd, _ = layers.attention(q, k, v)
+    out_blhd, _ = attention(q, k, v)
     return self.out_proj(out_blhd.reshape(query_bld.shape))
 
 

@@ -228,7 +228,7 @@ class SingleFile:
     if not tensors:
       raise hub.CheckpointError(f"{self._path} holds no {WHAT[part]}: take a file with all of Stable Diffusion, "
                                 "or the diffusers folder")
-    model = nnx.eval_shape(lambda: model_type.from_json(self.configs[part], dtype=dtype, rngs=nnx.Rngs(0), **switches))
+    model = hub.abstract(model_type, self.configs[part], dtype=dtype, **switches)
     return hub.fill(model, tensors, source=f"{self._path} ({WHAT[part]})")
 
 

@@ -52,6 +52,11 @@ class StableDiffusion(nnx.Module):
     return config.sample_size, config.sample_size, config.in_channels
 
   @property
+  def text_width(self) -> int:
+    """Of the text states and of learnt vectors."""
+    return self.text_encoder.embeddings.token_embedding.features
+
+  @property
   def image_shape(self) -> tuple[int, int, int]:
     """`(height, width, 3)` of decoded latents of `latent_shape`."""
     height, width, _ = self.latent_shape
@@ -98,7 +103,7 @@ def load_autoencoder(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = Fa
   raw = [folder / name for name in taesd.RAW_FILES]
   if any(file.is_file() for file in raw):
     tensors = taesd.from_raw(*map(hub.TensorFile, raw))
-    model = nnx.eval_shape(lambda: taesd.AutoencoderTiny.from_json({}, dtype=dtype, remat=remat, rngs=nnx.Rngs(0)))
+    model = hub.abstract(taesd.AutoencoderTiny, {}, dtype=dtype, remat=remat)
     return hub.fill(model, tensors, source=folder)
   is_tiny = hub.read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
   return hub.load(taesd.AutoencoderTiny if is_tiny else kl.AutoencoderKL, folder, dtype=dtype, remat=remat)

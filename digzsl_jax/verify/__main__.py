@@ -16,7 +16,7 @@ import numpy as np
 
 from digzsl_jax import checkpoint, cli, files
 from digzsl_jax.data import tokenizer
-from digzsl_jax.models import hub, layers
+from digzsl_jax.models import download, hub, layers
 from digzsl_jax.verify import parts
 
 def shapes(folder: pathlib.Path, size: int) -> parts.Shapes:
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> None:
     sys.exit(f"error: {', '.join(absent)} not installed, which this compares with: pip install torch==2.13.0, then "
              "pip install 'digzsl_jax[oracle]'")
   with cli.answer_in_one_line("nothing was changed"), tempfile.TemporaryDirectory() as exchange:
-    rows = verify(hub.locate(args.checkpoint, hub.STABLE_DIFFUSION), args, pathlib.Path(exchange))
+    rows = verify(download.locate(args.checkpoint, download.STABLE_DIFFUSION), args, pathlib.Path(exchange))
     print(table(rows))
     if args.report:
       files.write_json(args.report, rows)

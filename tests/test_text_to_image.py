@@ -1,0 +1,105 @@
+"""`python -m digzsl_jax.generate` on the embedded world: images, their text, resume, and what is refused."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from digzsl_jax import diffusion, generate
+from digzsl_jax.data import images, textual_inversion, tokenizer
+from digzsl_jax.models import stable_diffusion
+
+SD = pathlib.Path(generate.__file__).parent / "worlds" / "scenes" / "sd"
+PROMPT = "a photo of a striped crimson star"
+QUICK = ("--checkpoint", str(SD), "--steps", "2", "--guidance", "4")
+
+
+def paint(out, *arguments):
+  generate.main([*QUICK, "--out", str(out), *arguments])
+  return {path.relative_to(out).as_posix(): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def painted(tmp_path_factory):
+  out = tmp_path_factory.mktemp("painted")
+  return out, paint(out, "--prompt", PROMPT, "--prompt", "a teal square", "--images", "2", "--seed", "7")
+
+
+def test_files_and_what_they_say(painted):
+  out, files = painted
+  assert list(files) == [f"{name}/{seed:05d}.png" for name in ("a-photo-of-a-striped-crimson-star", "a-teal-square")
+                         for seed in (7, 8)]
+  said = images.read_text(out / "a-photo-of-a-striped-crimson-star" / "00008.png")
+  assert (said["prompt"], said["seed"], said["steps"], said["guidance"]) == (PROMPT, "8", "2", "4.0")
+  with Image.open(out / "a-teal-square" / "00007.png") as image:
+    assert image.size == (32, 32) and np.array(image).std() > 10
+
+
+def test_image_is_that_of_the_library(painted):
+  out, _ = painted
+  sd, schedule = stable_diffusion.load(SD), stable_diffusion.load_schedule(SD)
+  words = tokenizer.Tokenizer.from_folder(SD / "tokenizer")
+  text_bld, null_bld = sd.text(words([PROMPT])), sd.text(words([""]))
+  noise_bhwz = generate.noise(np.array([8]), 0, sd.latent_shape)
+  denoise = diffusion.guide(sd.unet, text_bld, null_bld, 4.0)
+  latents_bhwz = diffusion.sample(denoise, noise_bhwz, diffusion.make_sampler(schedule, 2))
+  wanted = np.round((np.asarray(sd.decode(latents_bhwz))[0] + 1) * 127.5)
+  found = images.read_png(out / "a-photo-of-a-striped-crimson-star" / "00008.png")
+  assert np.abs(found - wanted).max() <= 1  # a rounding may fall the other way
+
+
+def test_what_is_missing_is_made_again_with_the_same_bytes(painted, capsys):
+  out, files = painted
+  arguments = ("--prompt", PROMPT, "--prompt", "a teal square", "--images", "2", "--seed", "7")
+  (out / "a-teal-square" / "00008.png").unlink()
+  assert paint(out, *arguments) == files
+  assert " of 4 images made now" in capsys.readouterr().err
+  assert paint(out, *arguments) == files
+  assert "0 of 4 images made now" in capsys.readouterr().err
+
+
+def test_seed_alone_decides_the_noise_and_batch_does_not(painted, tmp_path):
+  _, files = painted
+  again = paint(tmp_path, "--prompt", PROMPT, "--seed", "8", "--batch", "1")
+  name = "a-photo-of-a-striped-crimson-star/00008.png"
+  assert again[name] == files[name]
+
+
+def test_learnt_tokens_change_the_image(painted, tmp_path):
+  _, files = painted
+  file = tmp_path / "bird.safetensors"
+  textual_inversion.write(file, "<bird>", np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32))
+  made = paint(tmp_path / "out", "--prompt", "a photo of a <bird>", "--tokens", str(file), "--sampler", "euler_ancestral")
+  assert len(made) == 1 and not set(made.values()) & set(files.values())
+
+
+@pytest.mark.parametrize("arguments, message", [
+  ((), "there is no prompt"),
+  (("--prompt", "a", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
+  (("--prompt", "a", "--width", "33"), "must be multiples of 4"),
+  (("--prompt", "a", "--sampler", "heun"), "'heun' is not supported"),
+  (("--prompt", "a", "--steps", "2000"), "steps=2000 must lie between 1 and"),
+  (("--prompt", "a", "--tokens", "nowhere.safetensors"), "nowhere.safetensors is missing"),
+  (("--prompt", "a", "--checkpoint", "./nowhere"), "nowhere"),
+  (("--prompt", "a", "--vae", "./nowhere"), "nowhere"),
+])
+def test_refusals(tmp_path, arguments, message):
+  with pytest.raises(SystemExit, match=message):
+    paint(tmp_path / "out", *arguments)
+  assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_do_not_overwrite(painted):
+  out, files = painted
+  with pytest.raises(SystemExit, match="was made with steps='2', now it is '3': choose another --out"):
+    paint(out, "--prompt", PROMPT, "--seed", "7", "--steps", "3")
+  assert {path.relative_to(out).as_posix() for path in out.rglob("*.png")} == set(files)
+
+
+def test_broken_image_is_named(painted, tmp_path):
+  broken = tmp_path / "a-teal-square" / "00000.png"
+  broken.parent.mkdir()
+  broken.write_bytes(b"no image")
+  with pytest.raises(SystemExit, match="00000.png is truncated or no PNG"):
+    paint(tmp_path, "--prompt", "a teal square")
