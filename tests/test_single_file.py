@@ -2,8 +2,10 @@
 
 import functools
 import json
+import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -37,11 +39,12 @@ def made(release):
   for part, kind in TYPES.items():
     config = releases()[release][part]
     model = nnx.eval_shape(lambda kind=kind, config=config: kind.from_json(config, rngs=nnx.Rngs(0)))
-    reference = getattr(model, "reference_name", lambda name: name)
-    shapes = {reference(name): (hub._to_torch(np.empty(variable.shape)).shape if is_kernel else variable.shape)
-              for name, (_, variable, is_kernel) in hub._variables(model).items()}
-    parts[part] = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    models[part] = hub.fill(model, parts[part], source="test")
+    random = lambda leaf, rng=rng: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+    nnx.update(model, jax.tree.map(random, nnx.state(model)))
+    with tempfile.TemporaryDirectory() as folder:
+      hub.save(model, folder, config, dtype=np.float32)
+      parts[part] = safetensors.numpy.load_file(f"{folder}/model.safetensors")
+    models[part] = model
   return models, ldm.whole(parts, releases()[release], release)
 
 
