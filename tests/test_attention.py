@@ -8,9 +8,9 @@ import pytest
 from digzsl_jax.models import attention
 
 
-def projections(l, m, dtype=jnp.float32, b=2, h=3, d=8):
+def projections(queries, keys, dtype=jnp.float32, b=2, h=3, d=8):
   rng = np.random.default_rng(0)
-  return tuple(jnp.asarray(rng.normal(size=(b, n, h, d)), dtype) for n in (l, m, m))
+  return tuple(jnp.asarray(rng.normal(size=(b, n, h, d)), dtype) for n in (queries, keys, keys))
 
 
 def gradients(implementation, qkv):

@@ -70,7 +70,8 @@ def test_learnt_tokens_change_the_image(painted, tmp_path):
   _, files = painted
   file = tmp_path / "bird.safetensors"
   textual_inversion.write(file, "<bird>", np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32))
-  made = paint(tmp_path / "out", "--prompt", "a photo of a <bird>", "--tokens", str(file), "--sampler", "euler_ancestral")
+  made = paint(tmp_path / "out", "--prompt", "a photo of a <bird>", "--tokens", str(file),
+               "--sampler", "euler_ancestral")
   assert len(made) == 1 and not set(made.values()) & set(files.values())
 
 

@@ -15,7 +15,7 @@ TABLE = pathlib.Path(__file__).parent.parent / "docs" / "architectures.md"
 # What each `source` says of the whole file: parameters, rounded millions (M) of them, or bytes in float32.
 PUBLISHED = {
     "sd15.unet": "859520964", "sd15.text_encoder": "123060480", "sd21.unet": "865.91M", "sd21-768.unet": "865.91M",
-    "sd21.text_encoder": "1.36GB", "sd.vae": "83653863",
+    "sd21.text_encoder": "1.36GB", "sd.vae": "83653863", "taesd": "2445063",
     "clip-vit-b32": "151.28M", "clip-vit-b16": "149.62M", "clip-vit-l14": "427.62M", "clip-vit-l14-336": "427.94M",
     "laion-clip-vit-b32": "151.28M", "laion-clip-vit-l14": "427.62M", "laion-clip-vit-h14": "986.11M",
     "vit-b16-in21k": "346MB", "vit-l16-in21k": "1.22GB", "vit-b16": "86.6M", "vit-b32-384": "88.3M",

@@ -51,20 +51,20 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
 def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
   """One block of queries after another; the way back computes a block's weights again."""
   block = jax.checkpoint(lambda q_bnhd: attention(q_bnhd, k_bmhd, v_bmhd)[0])
-  b, l, *hd = q_blhd.shape
-  count = -(-l // BLOCK)
-  size = -(-l // count)
-  filled_blhd = jnp.pad(q_blhd, ((0, 0), (0, count * size - l), (0, 0), (0, 0)))
+  b, queries, *hd = q_blhd.shape
+  count = -(-queries // BLOCK)
+  size = -(-queries // count)
+  filled_blhd = jnp.pad(q_blhd, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
   out = jax.lax.map(block, jnp.moveaxis(filled_blhd.reshape(b, count, size, *hd), 1, 0))
-  return jnp.moveaxis(out, 0, 1).reshape(b, count * size, *hd)[:, :l]
+  return jnp.moveaxis(out, 0, 1).reshape(b, count * size, *hd)[:, :queries]
 
 
 def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
   """One head of one row after another, each by blocks of queries: a CPU's dots are quick without batch axes."""
-  b, l, h, d = q_blhd.shape
+  b, queries, h, d = q_blhd.shape
   rows = (jnp.moveaxis(x, 2, 1).reshape(b * h, 1, -1, 1, d) for x in (q_blhd, k_bmhd, v_bmhd))
   out = jax.lax.map(lambda row: by_queries(*row), tuple(rows))
-  return jnp.moveaxis(out.reshape(b, h, l, d), 1, 2)
+  return jnp.moveaxis(out.reshape(b, h, queries, d), 1, 2)
 
 
 def flash(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
@@ -86,12 +86,13 @@ def choose(platform: str, dtype, shape: tuple[int, int, int, int], keys: int):
     shape: of the queries.
     keys: how many there are.
   """
-  b, l, h, d = shape
+  b, queries, h, d = shape
+  is_long = queries * keys >= LONG
   if platform == "cpu":
-    return by_heads if l * keys >= LONG else whole
-  if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and d % 8 == 0 and d <= FLASH_WIDTH and l * keys >= LONG:
+    return by_heads if is_long else whole
+  if platform == "gpu" and is_long and jnp.dtype(dtype).itemsize == 2 and d % 8 == 0 and d <= FLASH_WIDTH:
     return flash
-  return by_queries if b * h * l * keys > LARGE else whole
+  return by_queries if b * h * queries * keys > LARGE else whole
 
 
 def attend(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:

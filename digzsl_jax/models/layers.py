@@ -26,7 +26,6 @@ from flax import nnx
 
 from digzsl_jax.models.attention import attend
 
-
 DTYPES = ("float32", "bfloat16", "mixed")
 
 

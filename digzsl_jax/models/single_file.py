@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax.models import hub
+from digzsl_jax.models.variants import VARIANTS
 
 PREFIXES = {"model.diffusion_model.": "unet", "first_stage_model.": "vae",
             "cond_stage_model.transformer.": "text_encoder", "cond_stage_model.model.": "text_encoder"}
@@ -27,25 +28,20 @@ UNUSED = {"alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alpha
 UNUSED_PREFIX = "model_ema."
 CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"  # its inputs are the text's
 
-_VAE = {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2, "norm_num_groups": 32, "scaling_factor": 0.18215,
-        "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-_UNET_1 = {"sample_size": 64, "cross_attention_dim": 768, "layers_per_block": 2, "attention_head_dim": 8}
-_UNET_2 = {"sample_size": 96, "cross_attention_dim": 1024, "layers_per_block": 2, "attention_head_dim": (5, 10, 20, 20),
-           "use_linear_projection": True}
-_TEXT_1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-           "hidden_act": "quick_gelu"}
-_TEXT_2 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
-           "hidden_act": "gelu"}
 _SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
               "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"}
 _PNDM = _SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 _DDIM_V = _SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 # Configs of the releases by part; `scheduler` is the shipped `scheduler_config.json`.
-CONFIGS = {
-  "sd15": {"unet": _UNET_1, "vae": _VAE, "text_encoder": _TEXT_1, "scheduler": _PNDM},
-  "sd21_base": {"unet": _UNET_2 | {"sample_size": 64}, "vae": _VAE, "text_encoder": _TEXT_2, "scheduler": _PNDM},
-  "sd21": {"unet": _UNET_2, "vae": _VAE, "text_encoder": _TEXT_2, "scheduler": _DDIM_V}}
+
+
+def _release(family: str, unet: str, scheduler: Mapping) -> dict[str, Mapping]:
+  parts = {"unet": unet, "vae": "sd.vae", "text_encoder": f"{family}.text_encoder"}
+  return {part: VARIANTS[name].config for part, name in parts.items()} | {"scheduler": scheduler}
+
+
+CONFIGS = {"sd15": _release("sd15", "sd15.unet", _PNDM), "sd21_base": _release("sd21", "sd21.unet", _PNDM),
+           "sd21": _release("sd21", "sd21-768.unet", _DDIM_V)}
 _PREDICTION = {"epsilon": "epsilon", "v": "v_prediction"}  # of the metadata field modelspec.prediction_type
 
 _UNET_LAYERS = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from flax import nnx
 
-from digzsl_jax.models import clip, dinov2, siglip, unet, vae, vit
+from digzsl_jax.models import clip, dinov2, siglip, taesd, unet, vae, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,8 @@ VARIANTS: dict[str, Variant] = {
     "sd.vae": Variant(
         vae.AutoencoderKL, VAE, 83_653_863, tuple(f"{name}/vae" for name in (*SD15, *SD2, *SD2_768, TURBO)),
         f"{LDM}; DeepSpeed-MII's README"),
+    "taesd": Variant(
+        taesd.AutoencoderTiny, {}, 2_445_063, ("madebyollin/taesd",), "no paper; sum of its two files' tensors"),
     "clip-vit-b32": Variant(
         clip.CLIPModel, _clip(TEXT_B, B, 32), 151_277_313, ("openai/clip-vit-base-patch32",), OPENAI),
     "clip-vit-b16": Variant(

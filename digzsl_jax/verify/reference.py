@@ -1,6 +1,5 @@
-"""PyTorch's side: `diffusers` and `transformers` on a folder. The one module besides the converter that imports them."""
+"""PyTorch's side of the comparison: `diffusers` and `transformers` on the same folder."""
 
-import functools
 import pathlib
 import sys
 import unittest.mock
@@ -91,7 +90,8 @@ class Reference:
       return {"gradient": to_numpy(token_d.grad)}
     return call
 
-  def walk(self, denoise: Callable, steps: int, noise: torch.Tensor, fresh: Iterator[torch.Tensor]) -> list[torch.Tensor]:
+  def walk(self, denoise: Callable, steps: int, noise: torch.Tensor,
+           fresh: Iterator[torch.Tensor]) -> list[torch.Tensor]:
     """Latents before the first call and after each, as a pipeline makes them."""
     scheduler = self.scheduler
     scheduler.set_timesteps(steps)

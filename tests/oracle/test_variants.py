@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.core_model_loading import revert_weight_conversion
 
-from digzsl_jax.models import clip, dinov2, hub, siglip, unet, vae, vit
+from digzsl_jax.models import clip, dinov2, hub, siglip, taesd, unet, vae, vit
 from digzsl_jax.models.variants import VARIANTS
 
 
@@ -21,6 +21,7 @@ def _vit(config):
 REFERENCES = {
     unet.UNet2DConditionModel: lambda config: diffusers.UNet2DConditionModel(**config),
     vae.AutoencoderKL: lambda config: diffusers.AutoencoderKL(**config),
+    taesd.AutoencoderTiny: lambda config: diffusers.AutoencoderTiny(**config),
     clip.CLIPTextModel: lambda config: transformers.CLIPTextModel(transformers.CLIPTextConfig(**config)),
     clip.CLIPModel: lambda config: transformers.CLIPModel(transformers.CLIPConfig(**config)),
     vit.ViT: _vit,

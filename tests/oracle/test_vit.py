@@ -6,8 +6,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-import jax
-import jax.numpy as jnp
 import safetensors.torch
 from flax import nnx
 
