@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
   new = argparse.ArgumentParser(prog="python -m digzsl_jax.generate", description="Text to image.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   add = new.add_argument
-  add("--checkpoint", required=True, help="diffusers folder, single .safetensors file, or owner/name@revision of the hub")
+  add("--checkpoint", required=True, help="diffusers folder, single .safetensors file, or owner/name@revision")
   add("--out", required=True, help="folder for the images")
   add("--prompt", action="append", default=[], help="what to paint; may be given several times")
   add("--prompts", help="text file with a prompt in every line")

@@ -15,11 +15,13 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "losses", "metrics"}
-TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files"}
+TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
     "main": {"runs", "workspace", *TOOLS},
     "convert": {"files"},
+    "generate": {*LIBRARY, *TOOLS},
+    "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},
     "workspace": {*LIBRARY, *TOOLS},

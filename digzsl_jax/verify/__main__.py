@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
                                 "with those of diffusers and transformers.",
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   add = new.add_argument
-  add("--checkpoint", required=True, help="diffusers folder of Stable Diffusion 1.x/2.x, or owner/name@revision of the hub")
+  add("--checkpoint", required=True, help="diffusers folder of Stable Diffusion 1.x/2.x, or owner/name@revision")
   add("--parts", nargs="+", choices=list(parts.BOUNDS), default=list(parts.BOUNDS), help="what to compare")
   add("--dtype", choices=layers.DTYPES, default="float32",
       help="of our computation; PyTorch's is float32, and only float32 is judged")
