@@ -17,12 +17,14 @@ from flax import nnx
 from digzsl_jax import checkpoint, diffusion, losses, mesh
 from digzsl_jax.data import datasets, prompts, splits, tokenizer
 from digzsl_jax.logs import Log
-from digzsl_jax.models import cdm, clip, hub, judge, stable_diffusion
+from digzsl_jax.models import cdm, clip, download, hub, judge, stable_diffusion
 
 T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
 TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
 WORLDS = pathlib.Path(__file__).parent / "worlds"
+LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "judge": download.ENCODER,
+           "encoder": download.ENCODER}  # by the last word of the field that names a checkpoint
 
 
 def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -48,28 +50,31 @@ def check(good: bool, field: str, value: Any, legal: str) -> None:
     raise ValueError(f"{field} is {value!r}; it must be {legal}")
 
 
-def resolve(path: str, field: str) -> pathlib.Path:
-  """Folder of a checkpoint: a path, or `embedded:world/name` for one that ships with the package.
+def resolve(name: str, field: str) -> pathlib.Path:
+  """Folder of a checkpoint: a local one, one of the hub, or `embedded:world/name`, which ships with the package.
 
   Raises:
-    ValueError: there is none; the message names `field`, as "models.clip".
+    ValueError: there is none, or it is not whole; the message names `field`, as "models.clip".
   """
-  folder = WORLDS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else pathlib.Path(path).expanduser()
-  if not folder.is_dir():
+  path = str(WORLDS / name.removeprefix(EMBEDDED)) if name.startswith(EMBEDDED) else name
+  try:
+    return download.locate(path, LAYOUTS[field.rpartition(".")[2]])
+  except hub.CheckpointError as error:
     shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
-    raise ValueError(f"config.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
-                     f"folder, or one of {shipped}")
-  return folder
+    raise ValueError(f"config.{field} is {name!r}, but {error}. A checkpoint is a local folder, owner/name or "
+                     f"owner/name@revision of the hub, or one of {shipped}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
   """Where the frozen models are.
 
+  Each is a local folder, `owner/name` or `owner/name@revision` of the hub, or `embedded:world/name`.
+
   Attributes:
-    clip: CLIP folder with its tokenizer.
-    sd: diffusers folder of Stable Diffusion.
-    judge: judge folder, or "" for none.
+    clip: CLIP with its tokenizer.
+    sd: Stable Diffusion in the layout of diffusers.
+    judge: judge, or "" for none.
     prototype_template: prompt of the class prototypes, with `{name}`.
   """
 
@@ -122,13 +127,19 @@ class Workspace:
     return parse(ModelSettings, self.config["models"], "models")
 
   @functools.cached_property
-  def model_fingerprints(self) -> dict[str, Any]:
-    """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP."""
+  def model_folders(self) -> dict[str, pathlib.Path]:
+    """Of every checkpoint that the config names, fetched if need be; "encoder" is the CDM's, if it is not CLIP."""
     encoder = self.config["cdm"]["encoder"]
-    paths = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "judge")}
-    paths["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
-    found = {field.partition(".")[2]: checkpoint.fingerprint_folder(resolve(path, field)) if path else None
-             for field, path in paths.items()}
+    names = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "judge")}
+    names["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
+    return {field.rpartition(".")[2]: resolve(name, field) for field, name in names.items() if name}
+
+  @functools.cached_property
+  def model_fingerprints(self) -> dict[str, Any]:
+    """Of the files that are read of each checkpoint, None where the config names none."""
+    found = dict.fromkeys(LAYOUTS)
+    for name, folder in self.model_folders.items():
+      found[name] = checkpoint.fingerprint_files(folder, download.files(folder, LAYOUTS[name]))
     return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template}}
 
   @functools.cached_property
@@ -150,25 +161,25 @@ class Workspace:
 
   @functools.cached_property
   def clip(self) -> clip.CLIPModel:
-    return hub.load(clip.CLIPModel, resolve(self.models.clip, "models.clip"))
+    return hub.load(clip.CLIPModel, self.model_folders["clip"])
 
   @functools.cached_property
   def clip_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "models.clip"))
+    return tokenizer.Tokenizer.from_folder(self.model_folders["clip"])
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
     """Stable Diffusion; section `tokens` says whether its gradients save memory (`remat`)."""
-    return stable_diffusion.load(resolve(self.models.sd, "models.sd"), remat=self.config["tokens"]["remat"])
+    return stable_diffusion.load(self.model_folders["sd"], remat=self.config["tokens"]["remat"])
 
   @functools.cached_property
   def schedule(self) -> diffusion.Schedule:
     """The noise schedule of `sd`, without its weights."""
-    return stable_diffusion.load_schedule(resolve(self.models.sd, "models.sd"))
+    return stable_diffusion.load_schedule(self.model_folders["sd"])
 
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(resolve(self.models.sd, "models.sd") / "tokenizer")
+    return tokenizer.Tokenizer.from_folder(self.model_folders["sd"] / "tokenizer")
 
   def token_prompts(self, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
     """Prompt ids `[k, l]` of the task's unseen classes, the initial word at the token's place, and that place."""
@@ -197,20 +208,19 @@ class Workspace:
     """What names the judge's heads, without its weights; None where the world ships none."""
     if not self.models.judge:
       return None
-    return hub.read_json(resolve(self.models.judge, "models.judge") / "config.json")
+    return hub.read_json(self.model_folders["judge"] / "config.json")
 
   @functools.cached_property
   def judge(self) -> tuple[judge.Judge, dict] | None:
     """The judge and its config; None where the world ships none."""
     if self.judge_config is None:
       return None
-    return hub.load(judge.Judge, resolve(self.models.judge, "models.judge")), self.judge_config
+    return hub.load(judge.Judge, self.model_folders["judge"]), self.judge_config
 
   @functools.cached_property
   def cdm_encoder(self) -> cdm.Encoder:
     """The frozen part of the category discrimination model."""
-    name, clip_folder = self.config["cdm"]["encoder"], resolve(self.models.clip, "models.clip")
-    return cdm.load_encoder(name if name == cdm.CLIP else resolve(name, "cdm.encoder"), self.clip, clip_folder)
+    return cdm.load_encoder(self.model_folders.get("encoder", cdm.CLIP), self.clip, self.model_folders["clip"])
 
   def new_cdm_head(self) -> cdm.Head:
     """An untrained head of the kind that guides tokens."""

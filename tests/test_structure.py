@@ -32,7 +32,7 @@ MAY_IMPORT = {
 NO_FILES = {"models", "diffusion", "losses", "metrics"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}
 OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
-READS_FILES = {f"{PACKAGE}/models/hub.py"}
+READS_FILES = {f"{PACKAGE}/models/{name}.py" for name in ("hub", "download")}
 # `load(folder)` of these joins a folder's name with those of its parts and leaves the reading to hub.
 NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", "cdm")}
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
