@@ -52,7 +52,7 @@ def dig_zsl() -> config_dict.ConfigDict:
       stages=("cdm", "tokens", "generate", "classifier", "evaluate", "report"),
       data=dict(name="scenes", world=0, train_per_class=60, test_per_class=40, seed=0),
       models=dict(clip="embedded:scenes/clip", sd="embedded:scenes/sd", vae="",
-                  judge="embedded:scenes/judge", prototype_template="a photo of a {name}"),
+                  judge="embedded:scenes/judge", dtype="float32", prototype_template="a photo of a {name}"),
       mesh=dict(devices=0),
       cdm=dict(encoder="clip", kind="residual", hidden=256, temperature=0.05, steps=600, batch=256,
                learning_rate=1e-3, weight_decay=0.0),

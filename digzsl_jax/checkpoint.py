@@ -1,5 +1,6 @@
 """What a run can go on from after a kill: saved states, fingerprints, and the folders of its stages."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from digzsl_jax.files import read_json, write_atomic, write_json
+
+LARGE = 2**26  # bytes of a file whose digest is remembered
 
 
 def write_arrays(path: os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -70,12 +73,40 @@ def fingerprint_file(path: os.PathLike) -> str:
 
 def fingerprint_folder(folder: os.PathLike) -> str:
   """Fingerprint of the names and contents of all files below `folder`."""
+  folder = pathlib.Path(folder)
+  return fingerprint_files(folder, [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()])
+
+
+def fingerprint_files(folder: os.PathLike, names: Iterable[str | os.PathLike]) -> str:
+  """Fingerprint of the names and contents of some files of `folder`."""
   digest = hashlib.sha256()
-  for path in sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file()):
-    digest.update(str(path.relative_to(folder)).encode())
-    with path.open("rb") as file:
-      digest.update(hashlib.file_digest(file, "sha256").digest())
+  for name in sorted(map(pathlib.Path, names)):
+    digest.update(str(name).encode() + _digest(pathlib.Path(folder) / name))
   return digest.hexdigest()[:16]
+
+
+def _digest(path: pathlib.Path) -> bytes:
+  """SHA-256 of a file. That of a large one is kept beside compiled code for as long as its size and times stand."""
+  status, cache = path.stat(), jax.config.jax_compilation_cache_dir
+  record = pathlib.Path(cache or "", "digests.json")
+  remembered = bool(cache) and status.st_size >= LARGE
+  known = _read_digests(record) if remembered else {}
+  state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+  if known.get(str(path.resolve()), [])[:-1] == state:
+    return bytes.fromhex(known[str(path.resolve())][-1])
+  with path.open("rb") as file:
+    digest = hashlib.file_digest(file, "sha256").digest()
+  if remembered:
+    with contextlib.suppress(OSError):  # a folder that is closed to writing costs time alone
+      write_json(record, _read_digests(record) | {str(path.resolve()): [*state, digest.hex()]})
+  return digest
+
+
+def _read_digests(record: pathlib.Path) -> dict[str, list]:
+  try:
+    return read_json(record)
+  except (OSError, ValueError):
+    return {}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

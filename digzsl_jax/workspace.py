@@ -17,12 +17,14 @@ from flax import nnx
 from digzsl_jax import checkpoint, diffusion, losses, mesh
 from digzsl_jax.data import datasets, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
-from digzsl_jax.models import cdm, clip, hub, judge, single_file, stable_diffusion
+from digzsl_jax.models import cdm, clip, download, hub, judge, layers, stable_diffusion
 
 T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
 TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
 WORLDS = pathlib.Path(__file__).parent / "worlds"
+LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
+           "judge": download.ENCODER, "encoder": download.ENCODER}  # by the last word of the field that names a checkpoint
 
 
 def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -48,29 +50,33 @@ def check(good: bool, field: str, value: Any, legal: str) -> None:
     raise ValueError(f"{field} is {value!r}; it must be {legal}")
 
 
-def resolve(path: str, field: str) -> pathlib.Path:
-  """Where a checkpoint is: a path, or `embedded:world/name` for one that ships with the package.
+def resolve(name: str, field: str) -> pathlib.Path:
+  """Where a checkpoint is: a local one, one of the hub, or `embedded:world/name`, which ships with the package.
 
   Raises:
-    ValueError: there is none; the message names `field`, as "models.clip".
+    ValueError: there is none, or it is not whole; the message names `field`, as "models.clip".
   """
-  folder = WORLDS / path.removeprefix(EMBEDDED) if path.startswith(EMBEDDED) else pathlib.Path(path).expanduser()
-  if not folder.is_dir() and not (field == "models.sd" and folder.is_file()):
+  path = str(WORLDS / name.removeprefix(EMBEDDED)) if name.startswith(EMBEDDED) else name
+  try:
+    return download.locate(path, LAYOUTS[field.rpartition(".")[2]])
+  except hub.CheckpointError as error:
     shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
-    raise ValueError(f"config.{field} is {path!r}, but there is no folder {folder}. Give a local checkpoint "
-                     f"folder, or one of {shipped}")
-  return folder
+    raise ValueError(f"config.{field} is {name!r}, but {error}. A checkpoint is a local folder, owner/name or "
+                     f"owner/name@revision of the hub, or one of {shipped}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
   """Where the frozen models are.
 
+  Each is a local folder, `owner/name` or `owner/name@revision` of the hub, or `embedded:world/name`.
+
   Attributes:
-    clip: CLIP folder with its tokenizer.
-    sd: Stable Diffusion, a diffusers folder or a single file.
-    vae: folder of another autoencoder for it, or "" for its own.
-    judge: judge folder, or "" for none.
+    clip: CLIP with its tokenizer.
+    sd: Stable Diffusion in the layout of diffusers, or a single local file.
+    vae: another autoencoder for it, or "" for its own.
+    judge: judge, or "" for none.
+    dtype: of the computation of CLIP, Stable Diffusion and encoder: "float32", "bfloat16" or "mixed" (`layers.types`).
     prototype_template: prompt of the class prototypes, with `{name}`.
   """
 
@@ -78,9 +84,11 @@ class ModelSettings:
   sd: str
   vae: str
   judge: str
+  dtype: str
   prototype_template: str
 
   def __post_init__(self):
+    check(self.dtype in layers.DTYPES, "dtype", self.dtype, f"one of {layers.DTYPES}")
     prompts.check_template(self.prototype_template, field="prototype_template")
 
 
@@ -105,7 +113,7 @@ class Workspace:
 
   def stage(self, name: str, needs: tuple[str, ...], models: tuple[str, ...]) -> checkpoint.Stage:
     """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""
-    inputs = {"seed": self.seed, "data": {**self.config["data"], "sha256": self.data_fingerprint},
+    inputs = {"seed": self.seed, "dtype": self.models.dtype, "data": {**self.config["data"], "sha256": self.data_fingerprint},
               "models": {model: self.model_fingerprints[model] for model in models}, name: self.config[name],
               "stages": {need: self.stages[need].fingerprint for need in needs}}
     self.stages[name] = checkpoint.Stage(self.workdir / name, inputs)
@@ -124,17 +132,20 @@ class Workspace:
     return parse(ModelSettings, self.config["models"], "models")
 
   @functools.cached_property
-  def model_fingerprints(self) -> dict[str, Any]:
-    """Of the files of each checkpoint, None where there is none; "encoder" is the CDM's, if it is not CLIP, and
-    "initial_file" what class tokens start from."""
+  def model_paths(self) -> dict[str, pathlib.Path]:
+    """Of every checkpoint that the config names, fetched if need be; "encoder" is the CDM's, if it is not CLIP."""
     encoder = self.config["cdm"]["encoder"]
-    paths = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "vae", "judge")}
-    paths["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
-    found = {field.partition(".")[2]: checkpoint.fingerprint_folder(resolve(path, field)) if path else None
-             for field, path in paths.items()}
-    if single_file.is_single(self.sd_path):
-      beside = stable_diffusion.tokenizer_folder(self.sd_path), self.sd_path.parent / "scheduler"
-      found["sd"] = [checkpoint.fingerprint_file(self.sd_path), *map(checkpoint.fingerprint_folder, beside)]
+    names = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "vae", "judge")}
+    names["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
+    return {field.rpartition(".")[2]: resolve(name, field) for field, name in names.items() if name}
+
+  @functools.cached_property
+  def model_fingerprints(self) -> dict[str, Any]:
+    """Of the files that are read of each checkpoint, None where the config names none, and of `initial_file`."""
+    found = dict.fromkeys(LAYOUTS)
+    for name, path in self.model_paths.items():
+      folder = path.parent if path.is_file() else path
+      found[name] = checkpoint.fingerprint_files(folder, download.files(path, LAYOUTS[name]))
     if vae := found.pop("vae"):  # part of what stages know as "sd"
       found["sd"] = {"files": found["sd"], "vae": vae}
     start = self.initial_file and checkpoint.fingerprint_file(self.initial_file)
@@ -160,16 +171,11 @@ class Workspace:
 
   @functools.cached_property
   def clip(self) -> clip.CLIPModel:
-    return hub.load(clip.CLIPModel, resolve(self.models.clip, "models.clip"))
+    return hub.load(clip.CLIPModel, self.model_paths["clip"], dtype=self.models.dtype)
 
   @functools.cached_property
   def clip_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(resolve(self.models.clip, "models.clip"))
-
-  @property
-  def sd_path(self) -> pathlib.Path:
-    """The folder or single file of Stable Diffusion."""
-    return resolve(self.models.sd, "models.sd")
+    return tokenizer.Tokenizer.from_folder(self.model_paths["clip"])
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
@@ -179,8 +185,9 @@ class Workspace:
       ValueError: no such checkpoint, or its tokenizer is another than the text encoder's; ids beyond both stand for
         learnt vectors.
     """
-    autoencoder = resolve(self.models.vae, "models.vae") if self.models.vae else None
-    sd = stable_diffusion.load(self.sd_path, vae=autoencoder, remat=self.config["tokens"]["remat"])
+    paths = self.model_paths
+    sd = stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype,
+                               remat=self.config["tokens"]["remat"])
     rows, known = sd.text_encoder.embeddings.token_embedding.num_embeddings, self.sd_tokenizer.vocab_size
     if rows != known:
       raise ValueError(f"config.models.sd: the tokenizer of {self.models.sd} has {known} tokens, but the text encoder "
@@ -190,11 +197,11 @@ class Workspace:
   @functools.cached_property
   def schedule(self) -> diffusion.Schedule:
     """The noise schedule of `sd`, without its weights."""
-    return stable_diffusion.load_schedule(self.sd_path)
+    return stable_diffusion.load_schedule(self.model_paths["sd"])
 
   @functools.cached_property
   def sd_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(self.sd_path))
+    return tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(self.model_paths["sd"]))
 
   def token_prompts(self, task: splits.Task) -> tuple[np.ndarray, np.ndarray]:
     """Prompt ids of the task's unseen classes, `(learnt_kl, plain_kl)`.
@@ -273,20 +280,20 @@ class Workspace:
     """What names the judge's heads, without its weights; None where the world ships none."""
     if not self.models.judge:
       return None
-    return hub.read_json(resolve(self.models.judge, "models.judge") / "config.json")
+    return hub.read_json(self.model_paths["judge"] / "config.json")
 
   @functools.cached_property
   def judge(self) -> tuple[judge.Judge, dict] | None:
     """The judge and its config; None where the world ships none."""
     if self.judge_config is None:
       return None
-    return hub.load(judge.Judge, resolve(self.models.judge, "models.judge")), self.judge_config
+    return hub.load(judge.Judge, self.model_paths["judge"]), self.judge_config
 
   @functools.cached_property
   def cdm_encoder(self) -> cdm.Encoder:
     """The frozen part of the category discrimination model."""
-    name, clip_folder = self.config["cdm"]["encoder"], resolve(self.models.clip, "models.clip")
-    return cdm.load_encoder(name if name == cdm.CLIP else resolve(name, "cdm.encoder"), self.clip, clip_folder)
+    return cdm.load_encoder(self.model_paths.get("encoder", cdm.CLIP), self.clip, self.model_paths["clip"],
+                            dtype=self.models.dtype)
 
   def new_cdm_head(self) -> cdm.Head:
     """An untrained head of the kind that guides tokens."""

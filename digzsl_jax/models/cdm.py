@@ -130,7 +130,8 @@ class Encoder(nnx.Module):
     return jnp.concatenate([pooled_bd.astype(jnp.float32), embeds_bp], axis=-1)
 
 
-def load_encoder(name: str | os.PathLike, clip: CLIPModel, clip_folder: os.PathLike) -> Encoder:
+def load_encoder(name: str | os.PathLike, clip: CLIPModel, clip_folder: os.PathLike, *,
+                 dtype=jnp.float32) -> Encoder:
   """The encoder `name`: "clip" for the run's own, else a folder of the hub whose `model_type` is in `MODELS`.
 
   Raises:
@@ -143,7 +144,7 @@ def load_encoder(name: str | os.PathLike, clip: CLIPModel, clip_folder: os.PathL
   if model_type not in MODELS:
     raise hub.CheckpointError(f"{folder / 'config.json'}: model_type {model_type!r} is no encoder of images that "
                               f"is supported; use a folder of one of {', '.join(MODELS)}")
-  return Encoder(hub.load(MODELS[model_type], folder), folder)
+  return Encoder(hub.load(MODELS[model_type], folder, dtype=dtype), folder)
 
 
 class Head(nnx.Module):
