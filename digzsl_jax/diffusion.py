@@ -4,8 +4,8 @@ A latent at timestep t is x = sqrt(alpha) x0 + sqrt(1 - alpha) noise, alpha fall
 output is the noise ("epsilon") or v = sqrt(alpha) noise - sqrt(1 - alpha) x0 ("v_prediction", Salimans & Ho,
 arXiv 2202.00512). For either, x0 and noise are weighted sums of x and output, and so is every step of
 - DDIM (Song et al., arXiv 2010.02502, eq. 12): predict both, mix them again at the next level;
-- Euler (Karras et al., arXiv 2206.00364, algorithm 1): the same, on latents divided by sqrt(alpha); the ancestral
-  variant replaces part of the noise by new noise;
+- Euler (Karras et al., arXiv 2206.00364, algorithm 1 without its correction): the same, on latents divided by
+  sqrt(alpha); the ancestral variant replaces part of the noise by new noise;
 - PNDM without Runge-Kutta start (Liu et al., arXiv 2202.09778, eq. 12): DDIM with a linear multistep
   combination in the place of the output;
 - DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2): DDIM plus a multiple of the change of x0; its SDE
@@ -61,7 +61,7 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def _without_signal_at_the_end(alphas: np.ndarray) -> np.ndarray:
-  """Shifts and scales sqrt(alpha) so that the last is 0 (arXiv 2305.08891, algorithm 1), in PyTorch's roundings."""
+  """Shifts and scales sqrt(alpha) so that the last is 0 (arXiv 2305.08891, algorithm 1), rounded where PyTorch rounds."""
   signal = np.sqrt(alphas)
   signal, first = signal - signal[-1], signal[0]
   squared = (signal * (first / signal[0])) ** 2

@@ -4,7 +4,7 @@ All of it is numpy in float64, once per sampler. A level alpha holds sqrt(alpha)
 noise, and an output of the network turns the latent into both. One step then serves every sampler here:
 predict x0 and noise, mix them again at the next level, and let a share of that noise be new (`_step`; Song et
 al., arXiv 2010.02502, eq. 12, whose eta sets the share). With eta 0 it is DDIM, Euler's step (Karras et al., arXiv
-2206.00364, algorithm 1 without churn), PNDM's eq. 9 and the first order of DPM-Solver++; with eta 1 it is the
+2206.00364, algorithm 1 without its correction), PNDM's eq. 9 and the first order of DPM-Solver++; with eta 1 it is the
 ancestral Euler step and the first order of SDE-DPM-Solver++. What differs is which levels are visited, what two
 multistep samplers add, and a unit: Euler's latents are x0 + sigma noise with sigma^2 = (1 - alpha) / alpha, so
 divided by sqrt(alpha), and the network sees them multiplied by it again.
@@ -129,7 +129,7 @@ def table(alphas: np.ndarray, prediction: str, config: Mapping[str, Any], kind: 
 def _begin(steps: int, strength: float) -> int:
   """The first call of image-to-image, counted as `StableDiffusionImg2ImgPipeline.get_timesteps` does."""
   if not (0 < strength <= 1 and int(steps * strength)):
-    raise ValueError(f"strength={strength} must lie above 0 and not above 1, and make at least one of steps={steps}.")
+    raise ValueError(f"strength={strength} must lie above 0 and not above 1, and leave at least one of steps={steps}.")
   return steps - int(steps * strength)
 
 
@@ -161,8 +161,10 @@ def _visits(alphas: np.ndarray, config: Mapping[str, Any], kind: str, steps: int
     stride = train // steps  # not the difference of neighbours, which is another one for most spacings
     to_n = t_n - stride
   if kind == "pndm":
-    # The second call evaluates the end of the first step, then takes that step anew with the mean of both.
-    from_n, to_n = t_n + stride * (np.arange(len(t_n)) == 1), np.where(np.arange(len(t_n)) == 1, t_n, to_n)
+    # The second call evaluates the end of the first step, then takes that step anew with the mean of both. It does so
+    # wherever image-to-image begins, whichever call has the repeated timestep.
+    again_n = np.arange(len(t_n)) == 1
+    from_n, to_n = np.where(again_n, t_n + stride, t_n), np.where(again_n, t_n, to_n)
   alphas = alphas.astype(np.float64)
   clean = 1.0 if config.get("set_alpha_to_one") else alphas[0]
   level = lambda t_n: np.where(t_n < 0, clean, alphas[t_n])
@@ -211,7 +213,7 @@ def _levels(t_n: np.ndarray, alphas: np.ndarray, config: Mapping[str, Any],
   """Timesteps, levels and the last level of samplers whose steps lead from each level to the next."""
   if config.get("rescale_betas_zero_snr"):
     alphas = np.append(alphas[:-1], np.float32(2**-24))  # instead of 0, for sigma to be finite
-  sigmas = np.sqrt((1 - alphas) / alphas)  # in float32, as the timesteps of the reference are
+  sigmas = np.sqrt((1 - alphas) / alphas)  # in float32, as where the reference looks timesteps up
   clean = 1.0 if config["final_sigmas_type"] == "zero" else np.float64(alphas[0])
   if not config["use_karras_sigmas"]:
     if kind == "dpm++":
@@ -265,8 +267,8 @@ def _ddim(alpha_n, next_n, prediction: str, eta: float) -> dict[str, np.ndarray]
 def _in_sigmas(columns: Mapping[str, np.ndarray], alpha_n, next_n) -> dict[str, np.ndarray]:
   """The same sampler on latents divided by sqrt(alpha): x0 + sigma noise."""
   scale, unit = np.sqrt(alpha_n), 1 / np.sqrt(next_n)
-  latent = np.stack([scale, np.ones_like(scale)], 1)  # undone for the latent, nothing to undo for the output
-  x0, weights = columns["x0"] * latent, columns["weights"] * unit[:, None]
+  x0, weights = columns["x0"].copy(), columns["weights"] * unit[:, None]
+  x0[:, 0] *= scale
   weights[:, 0] *= scale
   return dict(columns, x0=x0, weights=weights, noise=columns["noise"] * unit, scale=scale)
 
@@ -312,7 +314,7 @@ def _dpm(alpha_n, next_n, prediction: str, config: Mapping[str, Any], few: bool)
 
 
 def _lcm(t_n, alpha_n, prediction: str, scaling: float) -> dict[str, np.ndarray]:
-  """The consistency function (arXiv 2310.04378, eq. 9) predicts x0, and new noise leads back to the next level."""
+  """The consistency function (arXiv 2310.04378, section 4.1) predicts x0, and new noise leads back to the next level."""
   time = t_n * scaling
   skip, out = 0.5**2 / (time**2 + 0.5**2), time / np.sqrt(time**2 + 0.5**2)  # 0.5: standard deviation of the data
   x0 = out[:, None] * _x0(alpha_n, prediction)

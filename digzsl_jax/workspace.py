@@ -23,8 +23,9 @@ T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
 TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
 WORLDS = pathlib.Path(__file__).parent / "worlds"
+# By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
-           "judge": download.ENCODER, "encoder": download.ENCODER}  # by the last word of the field that names a checkpoint
+           "judge": download.ENCODER, "encoder": download.ENCODER}
 
 
 def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -113,7 +114,8 @@ class Workspace:
 
   def stage(self, name: str, needs: tuple[str, ...], models: tuple[str, ...]) -> checkpoint.Stage:
     """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""
-    inputs = {"seed": self.seed, "dtype": self.models.dtype, "data": {**self.config["data"], "sha256": self.data_fingerprint},
+    inputs = {"seed": self.seed, "dtype": self.models.dtype,
+              "data": {**self.config["data"], "sha256": self.data_fingerprint},
               "models": {model: self.model_fingerprints[model] for model in models}, name: self.config[name],
               "stages": {need: self.stages[need].fingerprint for need in needs}}
     self.stages[name] = checkpoint.Stage(self.workdir / name, inputs)
