@@ -61,7 +61,7 @@ def _betas(config: Mapping[str, Any]) -> np.ndarray:
 
 
 def _without_signal_at_the_end(alphas: np.ndarray) -> np.ndarray:
-  """Shifts and scales sqrt(alpha) so that the last is 0 (arXiv 2305.08891, algorithm 1), rounded where PyTorch rounds."""
+  """Shifts and scales sqrt(alpha) so that the last is 0 (arXiv 2305.08891, algorithm 1), rounded as PyTorch does."""
   signal = np.sqrt(alphas)
   signal, first = signal - signal[-1], signal[0]
   squared = (signal * (first / signal[0])) ** 2

@@ -27,7 +27,7 @@ def write_atomic(path: os.PathLike, write: Callable[[pathlib.Path], object]) -> 
   except (OSError, safetensors.SafetensorError) as error:
     reason = getattr(error, "strerror", None) or error
     raise OSError(f"could not write {path}: {reason}; finished files are untouched, free some space or choose "
-                  "another --workdir and start again") from error
+                  "another --workdir or --out and start again") from error
   finally:
     temporary.unlink(missing_ok=True)
 

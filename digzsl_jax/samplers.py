@@ -314,7 +314,7 @@ def _dpm(alpha_n, next_n, prediction: str, config: Mapping[str, Any], few: bool)
 
 
 def _lcm(t_n, alpha_n, prediction: str, scaling: float) -> dict[str, np.ndarray]:
-  """The consistency function (arXiv 2310.04378, section 4.1) predicts x0, and new noise leads back to the next level."""
+  """The consistency function (arXiv 2310.04378, section 4.1) predicts x0; new noise leads back to the next level."""
   time = t_n * scaling
   skip, out = 0.5**2 / (time**2 + 0.5**2), time / np.sqrt(time**2 + 0.5**2)  # 0.5: standard deviation of the data
   x0 = out[:, None] * _x0(alpha_n, prediction)
