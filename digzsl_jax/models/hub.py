@@ -94,20 +94,24 @@ class Tensors(Mapping[str, np.ndarray]):
 
   Each is mapped into memory when it is asked for, so shapes and types cost no reading, and what was read
   is given back when the array is dropped.
+
+  Attributes:
+    metadata: the files' own remarks, text by name.
   """
 
   def __init__(self, files: Iterable[pathlib.Path]):
     """Reads the headers.
 
     Raises:
-      CheckpointError: a file is damaged, or two hold the same tensor.
+      CheckpointError: a file is absent or damaged, or two hold the same tensor.
     """
-    self._places = {}
+    self._places, self.metadata = {}, {}
     for file in files:
-      places = _read_header(file)
+      places, metadata = _read_header(file)
       if twice := sorted(self._places.keys() & places.keys()):
         raise CheckpointError(f"{file} repeats tensors of another shard: {', '.join(twice)}")
       self._places |= places
+      self.metadata |= metadata
 
   def __getitem__(self, key: str) -> np.ndarray:
     file, dtype, shape, start = self._places[key]
@@ -120,8 +124,13 @@ class Tensors(Mapping[str, np.ndarray]):
     return len(self._places)
 
 
-def _read_header(file: pathlib.Path) -> dict[str, tuple[pathlib.Path, np.dtype, tuple[int, ...], int]]:
-  """Where each tensor of a safetensors file is; asks for the rest of the file to be read ahead from the disk."""
+def _read_header(file: pathlib.Path) -> tuple[dict[str, tuple], dict[str, str]]:
+  """Where each tensor of a safetensors file is (file, type, shape, first byte), and the file's metadata.
+
+  Asks for the rest of the file to be read ahead from the disk.
+  """
+  if not file.is_file():
+    raise CheckpointError(f"no file {file}: download it first")
   with file.open("rb") as stream:
     if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
       raise CheckpointError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in its folder")
@@ -136,11 +145,11 @@ def _read_header(file: pathlib.Path) -> dict[str, tuple[pathlib.Path, np.dtype, 
     header = json.loads(stream.read(size))
     if hasattr(os, "posix_fadvise"):
       os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-  header.pop("__metadata__", None)
+  metadata = header.pop("__metadata__", {})
   if unknown := sorted({tensor["dtype"] for tensor in header.values()} - _DTYPES.keys()):
     raise CheckpointError(f"{file} holds tensors of type {', '.join(unknown)}; known are {', '.join(_DTYPES)}")
   return {name: (file, np.dtype(_DTYPES[tensor["dtype"]]), tuple(tensor["shape"]), 8 + size + tensor["data_offsets"][0])
-          for name, tensor in header.items()}
+          for name, tensor in header.items()}, metadata
 
 
 def read_tensors(path: os.PathLike) -> Tensors:
@@ -323,37 +332,3 @@ def save(model: nnx.Module, folder: os.PathLike, config: Mapping, *, dtype=np.fl
     tensors[reference_name(name)] = np.array(_to_torch(value) if is_kernel else value, dtype, order="C")
   write_atomic(folder / file_name, lambda path: safetensors.numpy.save_file(tensors, path, {"format": "pt"}))
   write_json(folder / "config.json", config)
-
-
-class TensorFile(Mapping):
-  """The tensors of one safetensors file under the names in it, each read when it is asked for.
-
-  Attributes:
-    metadata: the file's own remarks, text by name.
-
-  Raises:
-    CheckpointError: there is no such file, or it is damaged.
-  """
-
-  def __init__(self, path: os.PathLike):
-    path = pathlib.Path(path)
-    if not path.is_file():
-      raise CheckpointError(f"no file {path}: download it first")
-    try:
-      self._file = safetensors.safe_open(path, "np")
-    except safetensors.SafetensorError as error:
-      raise CheckpointError(f"{path} ({path.stat().st_size} bytes) is truncated or no safetensors file "
-                            f"({error}): download it again; a Git LFS pointer needs git lfs pull") from error
-    self.metadata = self._file.metadata() or {}
-    self._names = frozenset(self._file.keys())
-
-  def __getitem__(self, name: str) -> np.ndarray:
-    if name not in self._names:
-      raise KeyError(name)
-    return self._file.get_tensor(name)
-
-  def __iter__(self):
-    return iter(sorted(self._names))
-
-  def __len__(self) -> int:
-    return len(self._names)

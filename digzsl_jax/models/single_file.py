@@ -206,7 +206,7 @@ class SingleFile:
       CheckpointError: the file is absent, damaged or of another model, or its release cannot be told.
     """
     self._path = pathlib.Path(path)
-    self._file = hub.TensorFile(self._path)
+    self._file = hub.Tensors([self._path])
     scheduler = self._path.parent / "scheduler" / "scheduler_config.json"
     own = hub.read_json(scheduler) if scheduler.is_file() else None
     stated = _PREDICTION.get(self._file.metadata.get("modelspec.prediction_type"))

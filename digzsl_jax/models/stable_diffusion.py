@@ -102,7 +102,7 @@ def load_autoencoder(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = Fa
   folder = pathlib.Path(folder)
   raw = [folder / name for name in taesd.RAW_FILES]
   if any(file.is_file() for file in raw):
-    tensors = taesd.from_raw(*map(hub.TensorFile, raw))
+    tensors = taesd.from_raw(*(hub.Tensors([file]) for file in raw))
     model = hub.abstract(taesd.AutoencoderTiny, {}, dtype=dtype, remat=remat)
     return hub.fill(model, tensors, source=folder)
   is_tiny = hub.read_json(folder / "config.json").get("_class_name") == "AutoencoderTiny"
