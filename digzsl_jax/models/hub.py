@@ -205,7 +205,7 @@ def _copy(source: np.ndarray, dtype: np.dtype) -> np.ndarray:
   for row in range(0, source.shape[-2], rows):
     for column in range(0, source.shape[-1], columns):
       tile = ..., slice(row, row + rows), slice(column, column + columns)
-      copy[tile] = source[tile]
+      copy[tile] = source[tile].astype(dtype, copy=False)  # types change faster in the order of the file
   return copy
 
 
