@@ -1,6 +1,10 @@
 """Parity tests draw the same weights in whatever order they run; a fixture of wider scope seeds by itself."""
 
+import os
+
 import pytest
+
+collect_ignore = [] if os.environ.get("DIGZSL_FULL_SIZE") else ["test_full_size.py"]  # an hour
 
 
 @pytest.fixture(autouse=True)
