@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import operator
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -66,7 +65,6 @@ def compile_images(settings: Settings, sampler: diffusion.Sampler, graphdef: nnx
   def paint(frozen, rows):
     params, vectors_nd = frozen
     sd = nnx.merge(graphdef, params)
-
     text_bld, null_bld = (sd.text(ids_bl, vectors_nd) for ids_bl in (rows.ids_bl, rows.null_bl))
     denoise = diffusion.guide(sd.unet, text_bld, null_bld, settings.guidance, rescale=settings.guidance_rescale)
     fresh = functools.partial(noise, rows.seed_b, shape=latent_shape)
@@ -94,14 +92,26 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
   return found
 
 
-def read_tokens(paths: list[str], words: tokenizer.Tokenizer, width: int):
-  """`(words, vectors_nd)` of all files together; no vectors where there is no file."""
-  if not paths:
+def read_tokens(paths: list[str], words: tokenizer.Tokenizer,
+                sd: stable_diffusion.StableDiffusion) -> tuple[tokenizer.Tokenizer, np.ndarray | None]:
+  """`(words, vectors_nd)` of all files together; no vectors where there is no file.
+
+  Raises:
+    ValueError: a file is none of learnt tokens, two hold the same one, or tokenizer and text encoder differ.
+  """
+  found = {}
+  for path in paths:
+    tokens = textual_inversion.read(path, sd.text_width)
+    if twice := sorted(found.keys() & tokens.keys()):
+      raise ValueError(f"--tokens: {path} repeats {twice} of another file; rename them in one")
+    found |= tokens
+  if not found:
     return words, None
-  tokens = [textual_inversion.read(path, width) for path in paths]
-  if twice := set.intersection(*map(set, tokens)) if len(tokens) > 1 else None:
-    raise ValueError(f"--tokens: {sorted(twice)} stand in several of {paths}; rename them in one")
-  return textual_inversion.extend(words, functools.reduce(operator.or_, tokens))
+  rows = sd.text_encoder.embeddings.token_embedding.num_embeddings
+  if rows != words.vocab_size:  # ids beyond both stand for learnt vectors
+    raise ValueError(f"the checkpoint's tokenizer has {words.vocab_size} tokens, its text encoder {rows}; take both "
+                     "from the same place")
+  return textual_inversion.extend(words, found)
 
 
 def file_of(out: pathlib.Path, image: Image) -> pathlib.Path:
@@ -177,7 +187,7 @@ def generate(args: argparse.Namespace) -> None:
   log.say(f"loading {args.checkpoint}")
   sd = stable_diffusion.load(path, vae=vae, dtype=args.dtype)
   log.say(f"on {logs.devices(jax.devices())} in {args.dtype}; what is compiled the first time takes a while")
-  words, vectors_nd = read_tokens(args.tokens, words, sd.text_width)
+  words, vectors_nd = read_tokens(args.tokens, words, sd)
   usual = sd.image_shape
   height, width = args.height or usual[0], args.width or usual[1]
   if height % sd.vae.factor or width % sd.vae.factor:
@@ -200,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
   add("--prompts", help="text file with a prompt in every line")
   add("--tokens", action="append", default=[], help="file of learnt tokens that prompts contain; several times")
   add("--negative", default="", help="what guidance leads away from")
-  add("--seed", type=int, default=0, help="of every prompt's first image; the next ones count up")
+  add("--seed", type=at_least(0), default=0, help="of every prompt's first image; the next ones count up")
   add("--images", type=at_least(1), default=1, help="for every prompt")
   add("--batch", type=at_least(1), default=1, help="images that each device paints at once")
   add("--steps", type=at_least(1), default=25, help="of the sampler")
