@@ -146,6 +146,8 @@ class Workspace:
     """Of the files that are read of each checkpoint, None where the config names none, and of `initial_file`."""
     found = dict.fromkeys(LAYOUTS)
     for name, path in self.model_paths.items():
+      if path.is_file():
+        stable_diffusion.tokenizer_folder(path)  # raises where there is none
       folder = path.parent if path.is_file() else path
       found[name] = checkpoint.fingerprint_files(folder, download.files(path, LAYOUTS[name]))
     if vae := found.pop("vae"):  # part of what stages know as "sd"

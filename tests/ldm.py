@@ -9,7 +9,7 @@ VAE = dict(block_out_channels=(8, 16, 24), layers_per_block=1, norm_num_groups=4
 UNET = dict(block_out_channels=(8, 16, 24), norm_num_groups=4, attention_head_dim=2, sample_size=8,
             down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2)
-TEXT = dict(vocab_size=20, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+TEXT = dict(vocab_size=642, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=6, eos_token_id=19, bos_token_id=18)
 SCHEDULER = {"prediction_type": "epsilon"}
 TINY = {  # configs by part, as in `single_file.CONFIGS`

@@ -23,7 +23,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   path = tmp_path / "a.png"
   images.write_png(path, _picture())
 
-  def fail(self, file, format):
+  def fail(self, file, **options):
     file.write_bytes(b"half")
     raise OSError("disk full")
 
