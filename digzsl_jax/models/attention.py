@@ -6,6 +6,8 @@ independent, so any part of them can be worked on by itself, with the same sums.
 Shapes: b batch, l query, m key, h head, d width of a head, n query of one block.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -48,23 +50,41 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   return out_blhd.astype(v_bmhd.dtype), weights_bhlm
 
 
+def _in_blocks(block, queries: jax.Array) -> jax.Array:
+  """`block` of one part of the leading axis after another; the way back computes a part's weights again."""
+  length, *rest = queries.shape
+  count = -(-length // BLOCK)
+  size = -(-length // count)
+  filled = jnp.pad(queries, ((0, count * size - length), *[(0, 0)] * len(rest)))
+  out = jax.lax.map(jax.checkpoint(block), filled.reshape(count, size, *rest))
+  return out.reshape(count * size, *rest)[:length]
+
+
 def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
-  """One block of queries after another; the way back computes a block's weights again."""
-  block = jax.checkpoint(lambda q_bnhd: attention(q_bnhd, k_bmhd, v_bmhd)[0])
-  b, queries, *hd = q_blhd.shape
-  count = -(-queries // BLOCK)
-  size = -(-queries // count)
-  filled_blhd = jnp.pad(q_blhd, ((0, 0), (0, count * size - queries), (0, 0), (0, 0)))
-  out = jax.lax.map(block, jnp.moveaxis(filled_blhd.reshape(b, count, size, *hd), 1, 0))
-  return jnp.moveaxis(out, 0, 1).reshape(b, count * size, *hd)[:, :queries]
+  """One block of queries after another."""
+  block = lambda q_nbhd: jnp.moveaxis(whole(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd), 1, 0)
+  return jnp.moveaxis(_in_blocks(block, jnp.moveaxis(q_blhd, 1, 0)), 0, 1)
 
 
 def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
-  """One head of one row after another, each by blocks of queries: a CPU's dots are quick without batch axes."""
+  """One head of one row after another, each by blocks of queries, as products of plain matrices.
+
+  XLA:CPU is several times slower at products with batch axes, be they of size one.
+  """
   b, queries, h, d = q_blhd.shape
-  rows = (jnp.moveaxis(x, 2, 1).reshape(b * h, 1, -1, 1, d) for x in (q_blhd, k_bmhd, v_bmhd))
-  out = jax.lax.map(lambda row: by_queries(*row), tuple(rows))
-  return jnp.moveaxis(out.reshape(b, h, queries, d), 1, 2)
+  dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+
+  def head(qkv):
+    q_ld, k_md, v_md = qkv
+
+    def block(q_nd):
+      weights_nm = softmax(dot(q_nd, k_md.T) * d**-0.5)
+      return dot(weights_nm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+
+    return _in_blocks(block, q_ld)
+
+  rows = tuple(jnp.moveaxis(x, 2, 1).reshape(b * h, -1, d) for x in (q_blhd, k_bmhd, v_bmhd))
+  return jnp.moveaxis(jax.lax.map(head, rows).reshape(b, h, queries, d), 1, 2)
 
 
 def flash(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
