@@ -67,8 +67,7 @@ def fingerprint(value: Any) -> str:
 
 def fingerprint_file(path: os.PathLike) -> str:
   """Fingerprint of a file's content."""
-  with open(path, "rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+  return _digest(pathlib.Path(path)).hex()[:16]
 
 
 def fingerprint_folder(folder: os.PathLike) -> str:

@@ -15,9 +15,8 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 
-from digzsl_jax.files import read_json, write_atomic, write_json
+from digzsl_jax.files import PICKLES, read_json, write_atomic, write_json
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"((?:diffusion_)?pytorch_model)((?:\.[\w-]+|-\d+-of-\d+)*)\.bin(\.index(?:\.\w+)?\.json)?")
 _STEMS = {"pytorch_model": "model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
 # What PyTorch Lightning left beside the weights of the first releases; read as empty things and dropped.

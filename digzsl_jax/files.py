@@ -8,6 +8,8 @@ from typing import Any
 
 import safetensors
 
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # never read in a run, as they can run any code
+
 
 def write_atomic(path: os.PathLike, write: Callable[[pathlib.Path], object]) -> None:
   """Calls `write(temporary path)` and renames the result to `path`; a failed write leaves nothing.

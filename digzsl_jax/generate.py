@@ -69,7 +69,7 @@ def compile_images(settings: Settings, sampler: diffusion.Sampler, graphdef: nnx
     denoise = diffusion.guide(sd.unet, text_bld, null_bld, settings.guidance, rescale=settings.guidance_rescale)
     fresh = functools.partial(noise, rows.seed_b, shape=latent_shape)
     latents_bhwz = diffusion.sample(denoise, fresh(0), sampler, lambda call: fresh(call + 1))
-    return jnp.round((sd.decode(latents_bhwz) + 1) * 127.5).astype(jnp.uint8)
+    return sd.pixels(latents_bhwz)
 
   def blank(frozen, rows):
     return jnp.zeros((batch, settings.height, settings.width, 3), jnp.uint8)

@@ -14,7 +14,6 @@ import safetensors.numpy
 from digzsl_jax import files
 from digzsl_jax.data import tokenizer
 
-_PICKLES = (".pt", ".bin", ".pth", ".ckpt")
 _FAMILIES = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
 
 
@@ -34,7 +33,7 @@ def read(path: os.PathLike, width: int | None = None) -> dict[str, np.ndarray]:
       or not `width` wide.
   """
   path = pathlib.Path(path)
-  if path.suffix in _PICKLES:
+  if path.suffix in files.PICKLES:
     new = path.with_suffix(".safetensors").name
     raise ValueError(f"{path} is a pickle, which can run any code and is never read; convert it where PyTorch is "
                      f"installed: python -m digzsl_jax.convert {path} {new}")

@@ -24,10 +24,9 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from digzsl_jax.files import write_atomic, write_json
+from digzsl_jax.files import PICKLES, write_atomic, write_json
 
 _STEMS = ("model", "diffusion_pytorch_model")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _LFS_POINTER = b"version https://git-lfs"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64,
            "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
@@ -81,7 +80,7 @@ def weight_files(names: Collection[str], read_index: Callable[[str], Mapping], w
           raise CheckpointError(f"{where}/{index} names files that are not beside it: {', '.join(absent)}; download "
                                 "them")
         return [index, *shards]
-  pickles = sorted(name for name in names if pathlib.PurePath(name).suffix in _PICKLES)
+  pickles = sorted(name for name in names if pathlib.PurePath(name).suffix in PICKLES)
   if pickles:
     raise CheckpointError(f"{where} holds only pickled weights ({', '.join(pickles)}), which can run any code and are "
                           "never read: get the repository's safetensors, or convert a download of the whole "

@@ -32,7 +32,6 @@ _SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end
               "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"}
 _PNDM = _SCHEDULER | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}
 _DDIM_V = _SCHEDULER | {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
-# Configs of the releases by part; `scheduler` is the shipped `scheduler_config.json`.
 
 
 def _release(family: str, unet: str, scheduler: Mapping) -> dict[str, Mapping]:
@@ -40,6 +39,7 @@ def _release(family: str, unet: str, scheduler: Mapping) -> dict[str, Mapping]:
   return {part: VARIANTS[name].config for part, name in parts.items()} | {"scheduler": scheduler}
 
 
+# Configs of the releases by part; `scheduler` is the shipped `scheduler_config.json`.
 CONFIGS = {"sd15": _release("sd15", "sd15.unet", _PNDM), "sd21_base": _release("sd21", "sd21.unet", _PNDM),
            "sd21": _release("sd21", "sd21-768.unet", _DDIM_V)}
 _PREDICTION = {"epsilon": "epsilon", "v": "v_prediction"}  # of the metadata field modelspec.prediction_type

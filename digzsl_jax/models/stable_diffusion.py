@@ -66,6 +66,10 @@ class StableDiffusion(nnx.Module):
     """Images in [-1, 1] (clipped) of latents as the denoiser knows them (scaled)."""
     return jnp.clip(self.vae.decode(latents_bhwz / self.vae.scaling_factor), -1, 1)
 
+  def pixels(self, latents_bhwz: jax.Array) -> jax.Array:
+    """`decode` as uint8, for files."""
+    return jnp.round((self.decode(latents_bhwz) + 1) * 127.5).astype(jnp.uint8)
+
 
 def load(path: os.PathLike, *, vae: os.PathLike | None = None, dtype=jnp.float32,
          remat: bool = False) -> StableDiffusion:

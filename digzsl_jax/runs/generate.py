@@ -95,8 +95,7 @@ def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, g
     fresh = lambda call: noise(rows, sd.latent_shape, FRESH_STREAM, call)
     text_bld = sd.text(rows.ids_bl, rows.token_bnd)
     denoise = diffusion.guide(sd.unet, text_bld, sd.text(null_l[None]), settings.guidance)
-    images_bhwc = sd.decode(diffusion.sample(denoise, noise_bhwz, sampler, fresh))
-    return jnp.round((images_bhwc + 1) * 127.5).astype(jnp.uint8)
+    return sd.pixels(diffusion.sample(denoise, noise_bhwz, sampler, fresh))
 
   def blank(frozen, rows):
     return jnp.zeros((settings.batch, *nnx.merge(graphdef, frozen[0]).image_shape), jnp.uint8)

@@ -258,7 +258,7 @@ def plain_agreement(world: World, folder: pathlib.Path) -> dict[str, float]:
     sd = nnx.merge(graphdef, params)
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(world.seed), index), (len(names), *sd.latent_shape))
     denoise = diffusion.guide(sd.unet, sd.text(ids_kl), sd.text(world.tokenizer([""])), PAINTED["guidance"])
-    return jnp.round((sd.decode(diffusion.sample(denoise, noise, sampler)) + 1) * 127.5).astype(jnp.uint8)
+    return sd.pixels(diffusion.sample(denoise, noise, sampler))
 
   images_kmhwc = np.stack([np.asarray(paint(params, index)) for index in range(PAINTED["images"])], axis=1)
   model = hub.load(judge.Judge, folder / "judge")

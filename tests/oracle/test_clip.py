@@ -14,6 +14,7 @@ import safetensors.torch
 from flax import nnx
 
 from digzsl_jax.models import clip, hub
+from tests.oracle.parity import close, perturbed, to_torch
 
 TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=11, bos_token_id=58, eos_token_id=59, pad_token_id=59)
@@ -23,26 +24,18 @@ IDS = np.array([[58, 3, 17, 59, 59, 59, 59, 59, 59, 59, 59], [58, 9, 59, 4, 59, 
 IMAGES = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
 
 
-def _perturbed(model):
-  generator = torch.Generator().manual_seed(1)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-  return model.eval()
-
-
 def _text(**changes):
-  return _perturbed(transformers.CLIPTextModel(transformers.CLIPTextConfig(
+  return perturbed(transformers.CLIPTextModel(transformers.CLIPTextConfig(
       **TEXT | changes, attn_implementation="eager")))
 
 
 def _vision(**changes):
-  return _perturbed(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
+  return perturbed(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(
       **VISION | changes, attn_implementation="eager")))
 
 
 def _both(**changes):
-  return _perturbed(transformers.CLIPModel(transformers.CLIPConfig(
+  return perturbed(transformers.CLIPModel(transformers.CLIPConfig(
       text_config=TEXT | changes, vision_config=VISION | changes, projection_dim=20)))
 
 
@@ -51,18 +44,6 @@ def _rename(folder, prefix, extra=None):
   file = folder / "model.safetensors"
   tensors = {prefix + key: value.clone() for key, value in safetensors.torch.load_file(file).items()}
   safetensors.torch.save_file(tensors | (extra or {}), file, {"format": "pt"})
-
-
-def _pixels():
-  return torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
-
-
-def _close(ours, theirs):
-  ours, theirs = np.asarray(ours), theirs.detach().numpy()
-  assert ours.shape == theirs.shape
-  assert np.abs(theirs).max() > 0.01
-  print(f"clip: {np.abs(ours - theirs).max():.1e} of {np.abs(theirs).max():.1f}")
-  assert np.abs(ours - theirs).max() <= 1e-5
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -75,13 +56,13 @@ def test_text_tower(tmp_path, act, legacy):
   with torch.no_grad():
     wanted = theirs(torch.from_numpy(IDS), output_hidden_states=True, output_attentions=True)
   hidden_bld, out = hub.load(clip.CLIPTextModel, tmp_path)(IDS)
-  _close(hidden_bld, wanted.last_hidden_state)
-  _close(out["pooled"], wanted.pooler_output)
+  close(hidden_bld, wanted.last_hidden_state)
+  close(out["pooled"], wanted.pooler_output)
   assert len(out["hidden"]) == len(wanted.hidden_states) == 3
   for ours, reference in zip(out["hidden"], wanted.hidden_states):
-    _close(ours, reference)
+    close(ours, reference)
   for ours, reference in zip(out["attention"], wanted.attentions, strict=True):
-    _close(ours, reference)
+    close(ours, reference)
 
 
 def test_text_end_of_legacy_configs_is_the_largest_id(tmp_path):
@@ -89,7 +70,7 @@ def test_text_end_of_legacy_configs_is_the_largest_id(tmp_path):
   theirs.save_pretrained(tmp_path)
   ids = np.array([[58, 2, 7, 59, 1], [58, 59, 2, 3, 4]])
   _, out = hub.load(clip.CLIPTextModel, tmp_path)(ids)
-  _close(out["pooled"], theirs(torch.from_numpy(ids)).pooler_output)
+  close(out["pooled"], theirs(torch.from_numpy(ids)).pooler_output)
 
 
 def test_gradient_with_respect_to_a_token(tmp_path):
@@ -117,15 +98,15 @@ def test_vision_tower(tmp_path, act, legacy):
   for layer in theirs.encoder.layers:
     layer.self_attn.v_proj.register_forward_hook(lambda module, args, output: values.append(output))
   with torch.no_grad():
-    wanted = theirs(_pixels(), output_hidden_states=True, output_attentions=True)
+    wanted = theirs(to_torch(IMAGES), output_hidden_states=True, output_attentions=True)
     patches = theirs.post_layernorm(wanted.last_hidden_state)[:, 1:]
   pooled_bd, out = hub.load(clip.CLIPVisionModel, tmp_path)(IMAGES)
-  _close(pooled_bd, wanted.pooler_output)
-  _close(out["patches"], patches)
+  close(pooled_bd, wanted.pooler_output)
+  close(out["patches"], patches)
   references = {"hidden": wanted.hidden_states, "attention": wanted.attentions, "values": values}
   for name, reference in references.items():
     for ours, layer in zip(out[name], reference, strict=True):
-      _close(ours, layer)
+      close(ours, layer)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -135,16 +116,16 @@ def test_both_towers(tmp_path, act):
   _rename(tmp_path, "", {"text_model.embeddings.position_ids": torch.arange(11)[None],
                          "vision_model.embeddings.position_ids": torch.arange(10)[None]})
   with torch.no_grad():
-    wanted = theirs(torch.from_numpy(IDS), _pixels())
+    wanted = theirs(torch.from_numpy(IDS), to_torch(IMAGES))
     text = theirs.get_text_features(torch.from_numpy(IDS)).pooler_output
-    image = theirs.get_image_features(_pixels()).pooler_output
+    image = theirs.get_image_features(to_torch(IMAGES)).pooler_output
   model = hub.load(clip.CLIPModel, tmp_path)
   ours_text, ours_image = model.encode_text(IDS)[0], model.encode_image(IMAGES)[0]
-  _close(ours_text, text)
-  _close(ours_image, image)
+  close(ours_text, text)
+  close(ours_image, image)
   unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
-  _close(unit(ours_image) @ unit(ours_text).T, wanted.logits_per_image / theirs.logit_scale.exp())
-  _close(model.logit_scale[...], theirs.logit_scale)
+  close(unit(ours_image) @ unit(ours_text).T, wanted.logits_per_image / theirs.logit_scale.exp())
+  close(model.logit_scale[...], theirs.logit_scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -153,7 +134,7 @@ def test_stored_types_are_widened_exactly(tmp_path, dtype):
   theirs.save_pretrained(tmp_path)
   theirs = theirs.float()
   hidden_bld, _ = hub.load(clip.CLIPTextModel, tmp_path)(IDS)
-  _close(hidden_bld, theirs(torch.from_numpy(IDS)).last_hidden_state)
+  close(hidden_bld, theirs(torch.from_numpy(IDS)).last_hidden_state)
 
 
 def test_shards_of_transformers(tmp_path):
@@ -161,7 +142,7 @@ def test_shards_of_transformers(tmp_path):
   theirs.save_pretrained(tmp_path, max_shard_size="40KB")
   assert (tmp_path / "model.safetensors.index.json").is_file()
   wanted = theirs.get_text_features(torch.from_numpy(IDS)).pooler_output
-  _close(hub.load(clip.CLIPModel, tmp_path).encode_text(IDS)[0], wanted)
+  close(hub.load(clip.CLIPModel, tmp_path).encode_text(IDS)[0], wanted)
 
 
 def test_config_of_2021_with_every_tower_twice():
@@ -189,9 +170,9 @@ def test_transformers_opens_what_save_writes(tmp_path, kind):
   opened, report = theirs.from_pretrained(tmp_path, output_loading_info=True)
   assert not any(report.values()), report
   if kind == "text":
-    _close(model(IDS)[0], opened(torch.from_numpy(IDS)).last_hidden_state)
+    close(model(IDS)[0], opened(torch.from_numpy(IDS)).last_hidden_state)
   elif kind == "vision":
-    _close(model(IMAGES)[0], opened(_pixels()).pooler_output)
+    close(model(IMAGES)[0], opened(to_torch(IMAGES)).pooler_output)
   else:
-    _close(model.encode_text(IDS)[0], opened.get_text_features(torch.from_numpy(IDS)).pooler_output)
-    _close(model.encode_image(IMAGES)[0], opened.get_image_features(_pixels()).pooler_output)
+    close(model.encode_text(IDS)[0], opened.get_text_features(torch.from_numpy(IDS)).pooler_output)
+    close(model.encode_image(IMAGES)[0], opened.get_image_features(to_torch(IMAGES)).pooler_output)

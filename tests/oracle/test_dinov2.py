@@ -12,34 +12,18 @@ import safetensors.torch
 from flax import nnx
 
 from digzsl_jax.models import dinov2, hub
+from tests.oracle.parity import close, perturbed, to_torch
 
 CONFIG = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=4)
 SIZES = [(20, 20), (8, 8), (16, 9), (28, 24), (4, 100)]  # as trained, and to fewer and more positions
 
 
 def _perturbed(model_type, **changes):
-  model = model_type(transformers.Dinov2Config(**CONFIG, attn_implementation="eager", **changes))
-  generator = torch.Generator().manual_seed(1)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-  return model.eval()
+  return perturbed(model_type(transformers.Dinov2Config(**CONFIG, attn_implementation="eager", **changes)))
 
 
 def _images(i, j):
   return np.random.default_rng(0).normal(size=(2, i, j, 3)).astype(np.float32)
-
-
-def _pixels(images_bijc):
-  return torch.from_numpy(images_bijc).permute(0, 3, 1, 2)
-
-
-def _close(ours, theirs):
-  ours, theirs = np.asarray(ours), theirs.detach().numpy()
-  assert ours.shape == theirs.shape
-  assert np.abs(theirs).max() > 0.01
-  print(f"dinov2: {np.abs(ours - theirs).max():.1e} of {np.abs(theirs).max():.1f}")
-  assert np.abs(ours - theirs).max() <= 1e-5
 
 
 @pytest.mark.parametrize("size, new", [(37, 16), (37, 37), (16, 37), (37, 50), (5, 1), (1, 4), (37, 40)])
@@ -55,13 +39,13 @@ def test_feature_of_every_size(tmp_path, i, j):
   theirs.save_pretrained(tmp_path)
   assert "embeddings.mask_token" in safetensors.torch.load_file(tmp_path / "model.safetensors")
   with torch.no_grad():
-    wanted = theirs(_pixels(_images(i, j)), output_hidden_states=True, output_attentions=True)
+    wanted = theirs(to_torch(_images(i, j)), output_hidden_states=True, output_attentions=True)
   feature_bd, out = hub.load(dinov2.Dinov2Model, tmp_path)(_images(i, j))
-  _close(feature_bd, wanted.pooler_output)
-  _close(out["patches"], wanted.last_hidden_state[:, 1:])
+  close(feature_bd, wanted.pooler_output)
+  close(out["patches"], wanted.last_hidden_state[:, 1:])
   for name, reference in (("hidden", wanted.hidden_states), ("attention", wanted.attentions)):
     for ours, layer in zip(out[name], reference, strict=True):
-      _close(ours, layer)
+      close(ours, layer)
 
 
 @pytest.mark.parametrize("changes", [{"use_swiglu_ffn": True}, {"mlp_ratio": 2, "qkv_bias": False}])
@@ -69,23 +53,23 @@ def test_feed_forward_of_every_kind(tmp_path, changes):
   theirs = _perturbed(transformers.Dinov2Model, **changes)
   theirs.save_pretrained(tmp_path)
   feature_bd, _ = hub.load(dinov2.Dinov2Model, tmp_path)(_images(8, 8))
-  _close(feature_bd, theirs(_pixels(_images(8, 8))).pooler_output)
+  close(feature_bd, theirs(to_torch(_images(8, 8))).pooler_output)
 
 
 def test_classifier_is_left_out(tmp_path):
   theirs = _perturbed(transformers.Dinov2ForImageClassification, num_labels=5)
   theirs.save_pretrained(tmp_path)
   feature_bd, _ = hub.load(dinov2.Dinov2Model, tmp_path)(_images(8, 8))
-  _close(feature_bd, theirs.dinov2(_pixels(_images(8, 8))).pooler_output)
+  close(feature_bd, theirs.dinov2(to_torch(_images(8, 8))).pooler_output)
 
 
 @pytest.mark.parametrize("i, j", [(20, 20), (8, 12)])
-def test_gradient_with_respect_to_pixels(tmp_path, i, j):
+def test_gradient_with_respect_toto_torch(tmp_path, i, j):
   theirs = _perturbed(transformers.Dinov2Model)
   theirs.save_pretrained(tmp_path)
   model = hub.load(dinov2.Dinov2Model, tmp_path)
   weights = np.random.default_rng(3).normal(size=(2, 32)).astype(np.float32)
-  pixels = _pixels(_images(i, j)).requires_grad_()
+  pixels = to_torch(_images(i, j)).requires_grad_()
   (theirs(pixels).pooler_output * torch.from_numpy(weights)).sum().backward()
   wanted = pixels.grad.permute(0, 2, 3, 1).numpy()
   ours = jax.grad(lambda images_bijc: (model(images_bijc)[0] * weights).sum())(jnp.asarray(_images(i, j)))
@@ -100,7 +84,7 @@ def test_transformers_opens_what_save_writes(tmp_path, swiglu):
   hub.save(model, tmp_path, config, dtype=np.float32)
   opened, report = transformers.Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)
   assert not any(report.values()), report
-  _close(model(_images(8, 8))[0], opened(_pixels(_images(8, 8))).pooler_output)
+  close(model(_images(8, 8))[0], opened(to_torch(_images(8, 8))).pooler_output)
 
 
 def test_bfloat16_computes_in_bfloat16():

@@ -23,6 +23,7 @@ from digzsl_jax import mesh
 from digzsl_jax.models import cdm, clip, hub, stable_diffusion
 from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import parse
+from tests.oracle.parity import to_torch
 
 WIDTH, HIDDEN, CLASSES, IMAGES = 24, 20, 3, 2
 TOWER = dict(hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
@@ -89,10 +90,6 @@ def worlds(tmp_path_factory):
     encoder = cdm.Encoder(hub.load(clip.CLIPModel, folder / "clip"), folder / "clip")
     made[name] = theirs, class_tokens.Guide(sd, cdm.CDM(encoder, head)), schedule
   return made
-
-
-def to_torch(x_bhwc):
-  return torch.from_numpy(np.moveaxis(np.asarray(x_bhwc), -1, 1).copy())
 
 
 def reference_update(theirs, settings, steps: int, cut: int, noise_bhwz):

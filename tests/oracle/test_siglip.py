@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digzsl_jax.models import hub, siglip
+from tests.oracle.parity import close, perturbed, to_torch
 
 TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=11, bos_token_id=58, eos_token_id=59, pad_token_id=59,
@@ -22,29 +23,9 @@ IDS = np.array([[3, 17, 59, 59, 59, 59, 59, 59, 59, 59, 59], [9, 59, 4, 59, 0, 0
 IMAGES = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
 
 
-def _perturbed(model):
-  generator = torch.Generator().manual_seed(1)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-  return model.eval()
-
-
 def _both(**changes):
-  return _perturbed(transformers.SiglipModel(transformers.SiglipConfig(
+  return perturbed(transformers.SiglipModel(transformers.SiglipConfig(
       text_config=TEXT | changes, vision_config=VISION, attn_implementation="eager")))
-
-
-def _pixels():
-  return torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
-
-
-def _close(ours, theirs):
-  ours, theirs = np.asarray(ours), theirs.detach().numpy()
-  assert ours.shape == theirs.shape
-  assert np.abs(theirs).max() > 0.01
-  print(f"siglip: {np.abs(ours - theirs).max():.1e} of {np.abs(theirs).max():.1f}")
-  assert np.abs(ours - theirs).max() <= 1e-5
 
 
 @pytest.mark.parametrize("act, size", [("gelu_pytorch_tanh", None), ("gelu", 20)])
@@ -54,12 +35,12 @@ def test_text_tower(tmp_path, act, size):
   with torch.no_grad():
     wanted = theirs.text_model(torch.from_numpy(IDS), output_hidden_states=True, output_attentions=True)
   embeds_bp, out = hub.load(siglip.SiglipModel, tmp_path).text_model(IDS)
-  _close(embeds_bp, wanted.pooler_output)
-  _close(out["last"], wanted.last_hidden_state)
+  close(embeds_bp, wanted.pooler_output)
+  close(out["last"], wanted.last_hidden_state)
   for ours, layer in zip(out["attention"], wanted.attentions, strict=True):
-    _close(ours, layer)
+    close(ours, layer)
   for ours, layer in zip(out["hidden"][:-1], wanted.hidden_states[:-1], strict=True):
-    _close(ours, layer)
+    close(ours, layer)
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -68,32 +49,32 @@ def test_vision_tower(tmp_path, alone):
   theirs = both.vision_model
   (theirs if alone else both).save_pretrained(tmp_path)
   with torch.no_grad():
-    wanted = theirs(_pixels(), output_hidden_states=True, output_attentions=True)
+    wanted = theirs(to_torch(IMAGES), output_hidden_states=True, output_attentions=True)
   pooled_bd, out = hub.load(siglip.SiglipVisionModel, tmp_path)(IMAGES)
-  _close(pooled_bd, wanted.pooler_output)
-  _close(out["patches"], wanted.last_hidden_state)
+  close(pooled_bd, wanted.pooler_output)
+  close(out["patches"], wanted.last_hidden_state)
   for ours, layer in zip(out["attention"], wanted.attentions, strict=True):
-    _close(ours, layer)
+    close(ours, layer)
   for ours, layer in zip(out["hidden"][:-1], wanted.hidden_states[:-1], strict=True):
-    _close(ours, layer)
+    close(ours, layer)
 
 
 def test_logits_of_both_towers(tmp_path):
   theirs = _both()
   theirs.save_pretrained(tmp_path)
-  wanted = theirs(torch.from_numpy(IDS), _pixels())
+  wanted = theirs(torch.from_numpy(IDS), to_torch(IMAGES))
   model = hub.load(siglip.SiglipModel, tmp_path)
   unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
   cosines = unit(model.vision_model(IMAGES)[0]) @ unit(model.text_model(IDS)[0]).T
-  _close(jnp.exp(model.logit_scale[...]) * cosines + model.logit_bias[...], wanted.logits_per_image)
+  close(jnp.exp(model.logit_scale[...]) * cosines + model.logit_bias[...], wanted.logits_per_image)
 
 
-def test_gradient_with_respect_to_pixels(tmp_path):
+def test_gradient_with_respect_toto_torch(tmp_path):
   theirs = _both()
   theirs.save_pretrained(tmp_path)
   model = hub.load(siglip.SiglipVisionModel, tmp_path)
   weights = np.random.default_rng(3).normal(size=(2, 32)).astype(np.float32)
-  pixels = _pixels().requires_grad_()
+  pixels = to_torch(IMAGES).requires_grad_()
   (theirs.vision_model(pixels).pooler_output * torch.from_numpy(weights)).sum().backward()
   wanted = pixels.grad.permute(0, 2, 3, 1).numpy()
   ours = jax.grad(lambda images_bijc: (model(images_bijc)[0] * weights).sum())(jnp.asarray(IMAGES))
@@ -110,7 +91,7 @@ def test_transformers_opens_what_save_writes(tmp_path, ours, theirs, config):
   opened, report = theirs.from_pretrained(tmp_path, output_loading_info=True)
   assert not any(report.values()), report
   vision, wanted = (model, opened) if config is VISION else (model.vision_model, opened.vision_model)
-  _close(vision(IMAGES)[0], wanted(_pixels()).pooler_output)
+  close(vision(IMAGES)[0], wanted(to_torch(IMAGES)).pooler_output)
 
 
 def test_bfloat16_computes_in_bfloat16():

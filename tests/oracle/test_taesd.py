@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from digzsl_jax.models import stable_diffusion, taesd
+from tests.oracle.parity import same_gradient_of_latents, to_numpy, to_torch
 
 CONFIGS = {
   "tiny": dict(encoder_block_out_channels=(16, 16), decoder_block_out_channels=(24, 24), num_encoder_blocks=(1, 2),
@@ -25,14 +26,6 @@ def REFERENCE(**config):  # for the fixture `reference`
       if isinstance(module, torch.nn.Conv2d):
         module.weight *= 1.6
   return model
-
-
-def to_torch(x_bhwc):
-  return torch.from_numpy(np.moveaxis(np.asarray(x_bhwc), -1, 1).copy())
-
-
-def to_numpy(x_bchw):
-  return x_bchw.detach().permute(0, 2, 3, 1).numpy()
 
 
 def close(name, got, want):
@@ -84,19 +77,7 @@ def test_odd_heights_are_encoded_alike(reference):
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradient_of_latents(reference, remat):
   theirs, folder = reference("deep")
-  graphdef, state = nnx.split(stable_diffusion.load_autoencoder(folder, remat=remat))
-  latents_bhwz = np.random.default_rng(1).normal(size=(2, 4, 4, 4)).astype(np.float32)
-  latents = to_torch(latents_bhwz).requires_grad_()
-  (theirs.decode(latents).sample ** 2).mean().backward()
-  want_bhwz = to_numpy(latents.grad)
-
-  def loss(latents_bhwz, state):
-    return (nnx.merge(graphdef, state).decode(latents_bhwz) ** 2).mean()
-
-  grad_bhwz = jax.jit(jax.grad(loss))(latents_bhwz, state)
-  error = np.abs(grad_bhwz - want_bhwz).max() / np.abs(want_bhwz).max()
-  print(f"gradient: {error:.1e} relative")
-  assert error < 1e-4
+  same_gradient_of_latents(theirs, stable_diffusion.load_autoencoder(folder, remat=remat), 4)
 
 
 def test_real_weights(real_data):

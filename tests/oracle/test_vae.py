@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from digzsl_jax.models import hub, vae  # noqa: E402
+from tests.oracle.parity import same_gradient_of_latents, to_numpy, to_torch
 
 
 def config(levels: int, **fields) -> dict:
@@ -25,14 +26,6 @@ CONFIGS = {
 FILE = "diffusion_pytorch_model.safetensors"
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 REFERENCE = diffusers.AutoencoderKL  # for the fixture `reference`
-
-
-def to_torch(x_bhwc):
-  return torch.from_numpy(np.moveaxis(np.asarray(x_bhwc), -1, 1).copy())
-
-
-def to_numpy(x_bchw):
-  return x_bchw.detach().permute(0, 2, 3, 1).numpy()
 
 
 def close(name, got, want):
@@ -66,19 +59,7 @@ def test_encode_and_decode(reference, name, height, width):
 @pytest.mark.parametrize("remat", [False, True])
 def test_gradient_of_latents(reference, remat):
   theirs, folder = reference("tiny")
-  graphdef, state = nnx.split(hub.load(vae.AutoencoderKL, folder, remat=remat))
-  latents_bhwz = np.random.default_rng(1).normal(size=(2, 8, 8, 4)).astype(np.float32)
-  latents = to_torch(latents_bhwz).requires_grad_()
-  (theirs.decode(latents).sample ** 2).mean().backward()
-  want_bhwz = to_numpy(latents.grad)
-
-  def loss(latents_bhwz, state):
-    return (nnx.merge(graphdef, state).decode(latents_bhwz) ** 2).mean()
-
-  grad_bhwz = jax.jit(jax.grad(loss))(latents_bhwz, state)
-  error = np.abs(grad_bhwz - want_bhwz).max() / np.abs(want_bhwz).max()
-  print(f"gradient: {error:.1e} relative")
-  assert error < 1e-4
+  same_gradient_of_latents(theirs, hub.load(vae.AutoencoderKL, folder, remat=remat), 8)
 
 
 def test_attention_names_of_old_folders(reference, tmp_path):

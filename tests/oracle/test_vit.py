@@ -10,6 +10,7 @@ import safetensors.torch
 from flax import nnx
 
 from digzsl_jax.models import hub, vit
+from tests.oracle.parity import close, perturbed, to_torch
 
 CONFIG = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=24,
               patch_size=8)
@@ -17,24 +18,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 24, 24, 3)).astype(np.float32)
 
 
 def _perturbed(model_type, **changes):
-  model = model_type(transformers.ViTConfig(**CONFIG, attn_implementation="eager", **changes))
-  generator = torch.Generator().manual_seed(1)
-  with torch.no_grad():
-    for parameter in model.parameters():
-      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-  return model.eval()
-
-
-def _pixels():
-  return torch.from_numpy(IMAGES).permute(0, 3, 1, 2)
-
-
-def _close(ours, theirs):
-  ours, theirs = np.asarray(ours), theirs.detach().numpy()
-  assert ours.shape == theirs.shape
-  assert np.abs(theirs).max() > 0.01
-  print(f"vit: {np.abs(ours - theirs).max():.1e} of {np.abs(theirs).max():.1f}")
-  assert np.abs(ours - theirs).max() <= 1e-5
+  return perturbed(model_type(transformers.ViTConfig(**CONFIG, attn_implementation="eager", **changes)))
 
 
 @pytest.mark.parametrize("act, bias", [("gelu", True), ("quick_gelu", False)])
@@ -43,14 +27,14 @@ def test_feature_and_intermediates(tmp_path, act, bias):
   theirs.save_pretrained(tmp_path)
   assert "pooler.dense.weight" in safetensors.torch.load_file(tmp_path / "model.safetensors")
   with torch.no_grad():
-    wanted = theirs(_pixels(), output_hidden_states=True, output_attentions=True)
+    wanted = theirs(to_torch(IMAGES), output_hidden_states=True, output_attentions=True)
   feature_bd, out = hub.load(vit.ViT, tmp_path)(IMAGES)
-  _close(feature_bd, wanted.last_hidden_state[:, 0])
-  _close(out["patches"], wanted.last_hidden_state[:, 1:])
+  close(feature_bd, wanted.last_hidden_state[:, 0])
+  close(out["patches"], wanted.last_hidden_state[:, 1:])
   assert len(out["hidden"]) == 3
   for name, reference in (("hidden", wanted.hidden_states), ("attention", wanted.attentions)):
     for ours, layer in zip(out[name], reference, strict=True):
-      _close(ours, layer)
+      close(ours, layer)
 
 
 @pytest.mark.parametrize("labels", [2, 5])
@@ -58,7 +42,7 @@ def test_classifier_is_kept_or_left_out(tmp_path, labels):
   theirs = _perturbed(transformers.ViTForImageClassification, num_labels=labels)
   theirs.save_pretrained(tmp_path)
   feature_bd, out = hub.load(vit.ViT, tmp_path, classifier=True)(IMAGES)
-  _close(out["logits"], theirs(_pixels()).logits)
+  close(out["logits"], theirs(to_torch(IMAGES)).logits)
   alone_bd, out = hub.load(vit.ViT, tmp_path)(IMAGES)
   assert "logits" not in out
   np.testing.assert_array_equal(alone_bd, feature_bd)
@@ -75,9 +59,9 @@ def test_transformers_opens_what_save_writes(tmp_path, classifier):
   assert not any(report.values()), report
   feature_bd, out = model(IMAGES)
   if classifier:
-    _close(out["logits"], opened(_pixels()).logits)
+    close(out["logits"], opened(to_torch(IMAGES)).logits)
   else:
-    _close(feature_bd, opened(_pixels()).last_hidden_state[:, 0])
+    close(feature_bd, opened(to_torch(IMAGES)).last_hidden_state[:, 0])
 
 
 @pytest.mark.parametrize("dtype, out, kernel, norm", [("float32",) * 4, ("bfloat16",) * 4,
