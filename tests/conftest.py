@@ -62,7 +62,8 @@ def tiny_pretraining():
 
 def random_model(model_type, config, seed):
   """In place of `loop.build`: compiling JAX's initialisers would take most of a minute."""
-  graphdef, state = nnx.split(nnx.eval_shape(lambda: model_type.from_json(config, rngs=nnx.Rngs(seed))))
+  from digzsl_jax.models import hub
+  graphdef, state = nnx.split(hub.abstract(model_type, config))
   rng = np.random.default_rng(seed)
 
   def fill(path, leaf):

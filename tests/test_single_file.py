@@ -38,7 +38,7 @@ def made(release):
   rng, models, parts = np.random.default_rng(0), {}, {}
   for part, kind in TYPES.items():
     config = releases()[release][part]
-    model = nnx.eval_shape(lambda kind=kind, config=config: kind.from_json(config, rngs=nnx.Rngs(0)))
+    model = hub.abstract(kind, config)
     random = lambda leaf, rng=rng: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
     nnx.update(model, jax.tree.map(random, nnx.state(model)))
     with tempfile.TemporaryDirectory() as folder:

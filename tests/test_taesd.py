@@ -18,7 +18,7 @@ SMALL = {"encoder_block_out_channels": [8] * 2, "decoder_block_out_channels": [8
 
 
 def abstract(config, **switches):
-  return nnx.eval_shape(lambda: taesd.AutoencoderTiny.from_json(config, rngs=nnx.Rngs(0), **switches))
+  return hub.abstract(taesd.AutoencoderTiny, config, **switches)
 
 
 def filled(model):

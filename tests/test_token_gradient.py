@@ -14,7 +14,7 @@ from flax import nnx
 
 from configs import quickstart
 from digzsl_jax import diffusion, mesh
-from digzsl_jax.models import cdm, clip, stable_diffusion, unet, vae
+from digzsl_jax.models import cdm, clip, hub, stable_diffusion, unet, vae
 from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import parse
 
@@ -38,7 +38,7 @@ PATHS = {
 
 def filled(kind, config):
   """A model with every parameter random and none neutral; made abstractly, as eager initialisation is slow."""
-  model, rng = nnx.eval_shape(lambda: kind.from_json(config, rngs=nnx.Rngs(0))), np.random.default_rng(0)
+  model, rng = hub.abstract(kind, config), np.random.default_rng(0)
 
   def draw(p):
     noise = rng.normal(size=p.shape)

@@ -162,9 +162,8 @@ class Head(nnx.Module):
       raise ValueError(f"kind of head is {kind!r}; it must be one of {KINDS}")
     self.kind, self.width, self.outputs = kind, width, outputs
     self.fc1 = layers.linear(outputs if kind == "residual" else width, hidden, dtype=dtype, rngs=rngs)
-    self.fc2 = layers.linear(hidden, outputs, dtype=dtype, rngs=rngs)
-    if kind == "residual":
-      self.fc2.kernel[...] = jnp.zeros_like(self.fc2.kernel[...])
+    init = nnx.initializers.zeros if kind == "residual" else layers.LECUN
+    self.fc2 = layers.linear(hidden, outputs, kernel_init=init, dtype=dtype, rngs=rngs)
 
   @classmethod
   def from_json(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "Head":

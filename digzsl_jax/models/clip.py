@@ -229,7 +229,7 @@ class VisionEmbeddings(nnx.Module):
   def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
     width, patch = config.hidden_size, config.patch_size
     self.image_size, self.dtype = config.image_size, layers.types(dtype)[1]
-    self.class_embedding = nnx.Param(width**-0.5 * jax.random.normal(rngs.params(), (width,)))
+    self.class_embedding = layers.parameter(nnx.initializers.normal(width**-0.5), (width,), rngs=rngs)
     self.patch_embedding = layers.conv(config.num_channels, width, patch, stride=patch, padding=0, bias=False,
                                        dtype=dtype, rngs=rngs)
     self.position_embedding = layers.embedding((config.image_size // patch)**2 + 1, width, dtype=dtype, rngs=rngs)
@@ -302,7 +302,7 @@ class CLIPModel(nnx.Module):
     self.vision_model = CLIPVisionModel(vision, dtype=dtype, rngs=rngs)
     self.text_projection = layers.linear(text.hidden_size, shared, bias=False, dtype=dtype, rngs=rngs)
     self.visual_projection = layers.linear(vision.hidden_size, shared, bias=False, dtype=dtype, rngs=rngs)
-    self.logit_scale = nnx.Param(jnp.float32(config.logit_scale_init_value))
+    self.logit_scale = layers.parameter(nnx.initializers.constant(config.logit_scale_init_value), (), rngs=rngs)
 
   @classmethod
   def from_json(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "CLIPModel":

@@ -87,8 +87,8 @@ class Embeddings(vit.Embeddings):
 class LayerScale(nnx.Module):
   """A factor for each channel."""
 
-  def __init__(self, width: int):
-    self.lambda1 = nnx.Param(jnp.ones(width))
+  def __init__(self, width: int, *, rngs: nnx.Rngs):
+    self.lambda1 = layers.parameter(nnx.initializers.ones, (width,), rngs=rngs)
 
   def __call__(self, x_bld: jax.Array) -> jax.Array:
     return x_bld * self.lambda1[...].astype(x_bld.dtype)
@@ -114,10 +114,10 @@ class Layer(nnx.Module):
     width, feed_forward = config.hidden_size, SwiGLU if config.use_swiglu_ffn else clip.MLP
     self.norm1 = layers.layer_norm(width, config.layer_norm_eps, dtype=dtype, rngs=rngs)
     self.attention = vit.SelfAttention(config, dtype=dtype, rngs=rngs)
-    self.layer_scale1 = LayerScale(width)
+    self.layer_scale1 = LayerScale(width, rngs=rngs)
     self.norm2 = layers.layer_norm(width, config.layer_norm_eps, dtype=dtype, rngs=rngs)
     self.mlp = feed_forward(config, dtype=dtype, rngs=rngs)
-    self.layer_scale2 = LayerScale(width)
+    self.layer_scale2 = LayerScale(width, rngs=rngs)
 
   def __call__(self, x_bld: jax.Array) -> tuple[jax.Array, jax.Array]:
     attended_bld, weights_bhlm = self.attention(self.norm1(x_bld))

@@ -26,6 +26,7 @@ from flax import nnx
 
 from digzsl_jax.models.attention import attend
 
+LECUN = nnx.initializers.lecun_normal()  # Flax's own first kernels
 DTYPES = ("float32", "bfloat16", "mixed")
 
 
@@ -34,6 +35,22 @@ def types(dtype) -> tuple[jnp.dtype, jnp.dtype]:
   if dtype == "mixed":
     return jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
   return jnp.dtype(dtype), jnp.dtype(dtype)
+
+
+def first(initializer):
+  """Makes a layer's first weights: `initializer`'s, or where the key is None (`hub.abstract`) no more than shape
+  and type. Tracing real initialisers by `nnx.eval_shape` would take a second for a large UNet."""
+  def init(key, shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype) if key is None else initializer(key, shape, dtype)
+  return init
+
+
+def parameter(initializer, shape: tuple[int, ...], *, rngs: nnx.Rngs) -> nnx.Param:
+  """A parameter that belongs to no layer, float32."""
+  return nnx.Param(first(initializer)(rngs.params(), shape))
+
+
+ZEROS, ONES = first(nnx.initializers.zeros), first(nnx.initializers.ones)
 
 
 class Linear(nnx.Linear):
@@ -46,9 +63,10 @@ class Linear(nnx.Linear):
     return out_ny.astype(self.dtype).reshape(*inputs.shape[:-1], self.out_features)
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = True, dtype, rngs: nnx.Rngs) -> Linear:
+def linear(inputs: int, outputs: int, *, bias: bool = True, kernel_init=LECUN, dtype, rngs: nnx.Rngs) -> Linear:
   weights, out = types(dtype)
-  return Linear(inputs, outputs, use_bias=bias, dtype=out, param_dtype=weights, rngs=rngs)
+  return Linear(inputs, outputs, use_bias=bias, dtype=out, param_dtype=weights, kernel_init=first(kernel_init),
+                bias_init=ZEROS, rngs=rngs)
 
 
 def product(inputs_nx: jax.Array, kernel_xy: jax.Array) -> jax.Array:
@@ -92,7 +110,8 @@ def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding=Non
   pads = ((pad, pad),) * 2 if isinstance(pad, int) else tuple(pad)
   weights, out = types(dtype)
   return Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=pads, use_bias=bias,
-              conv_general_dilated=convolve, dtype=weights, param_dtype=weights, out=out, rngs=rngs)
+              conv_general_dilated=convolve, dtype=weights, param_dtype=weights, out=out,
+              kernel_init=first(LECUN), bias_init=ZEROS, rngs=rngs)
 
 
 def convolve(x_bijc: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
@@ -140,19 +159,22 @@ class GroupNorm(nnx.GroupNorm):
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> GroupNorm:
   out = types(dtype)[1]
-  return GroupNorm(channels, groups, epsilon=epsilon, dtype=out, param_dtype=out, rngs=rngs)
+  return GroupNorm(channels, groups, epsilon=epsilon, dtype=out, param_dtype=out, scale_init=ONES, bias_init=ZEROS,
+                   rngs=rngs)
 
 
 def layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
   """Layer norm (arXiv 1607.06450) with a two-pass variance, for the reason that `GroupNorm` gives."""
   out = types(dtype)[1]
-  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=out, param_dtype=out, rngs=rngs)
+  return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=out, param_dtype=out, scale_init=ONES,
+                       bias_init=ZEROS, rngs=rngs)
 
 
 def embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
   """A table of vectors."""
   out = types(dtype)[1]
-  return nnx.Embed(rows, width, embedding_init=nnx.initializers.normal(0.02), dtype=out, param_dtype=out, rngs=rngs)
+  return nnx.Embed(rows, width, embedding_init=first(nnx.initializers.normal(0.02)), dtype=out, param_dtype=out,
+                   rngs=rngs)
 
 
 def activation(name: str):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from digzsl_jax.models import clip, layers
@@ -60,7 +61,7 @@ class VisionEmbeddings(nnx.Module):
     self.image_size = config.image_size
     self.patch_embedding = layers.conv(config.num_channels, width, patch, stride=patch, padding=0, dtype=dtype,
                                        rngs=rngs)
-    self.position_embedding = nnx.Embed((config.image_size // patch)**2, width, dtype=dtype, rngs=rngs)
+    self.position_embedding = layers.embedding((config.image_size // patch)**2, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     b, i, j, _ = images_bijc.shape
@@ -76,8 +77,8 @@ class PackedAttention(nnx.Module):
 
   def __init__(self, width: int, heads: int, *, dtype, rngs: nnx.Rngs):
     self.heads, self.dtype = heads, layers.types(dtype)[0]
-    self.in_proj_weight = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (3 * width, width)))
-    self.in_proj_bias = nnx.Param(jnp.zeros(3 * width))
+    self.in_proj_weight = layers.parameter(nnx.initializers.xavier_uniform(), (3 * width, width), rngs=rngs)
+    self.in_proj_bias = layers.parameter(nnx.initializers.zeros, (3 * width,), rngs=rngs)
     self.out_proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, query_bld: jax.Array, x_bmd: jax.Array) -> jax.Array:
@@ -94,7 +95,7 @@ class PoolingHead(nnx.Module):
 
   def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
     width = config.hidden_size
-    self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, 1, width)))
+    self.probe = layers.parameter(nnx.initializers.xavier_uniform(), (1, 1, width), rngs=rngs)
     self.attention = PackedAttention(width, config.num_attention_heads, dtype=dtype, rngs=rngs)
     self.layernorm = layers.layer_norm(width, config.layer_norm_eps, dtype=dtype, rngs=rngs)
     self.mlp = clip.MLP(config, dtype=dtype, rngs=rngs)
@@ -184,8 +185,9 @@ class SiglipModel(nnx.Module):
   def __init__(self, text: TextConfig, vision: VisionConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
     self.text_model = SiglipTextModel(text, dtype=dtype, rngs=rngs)
     self.vision_model = SiglipVisionModel(vision, dtype=dtype, rngs=rngs)
-    self.logit_scale = nnx.Param(jnp.full(1, jnp.log(10.0)))  # both start as in section 3.2
-    self.logit_bias = nnx.Param(jnp.full(1, -10.0))
+    # Both start as in section 3.2.
+    self.logit_scale = layers.parameter(nnx.initializers.constant(np.log(10)), (1,), rngs=rngs)
+    self.logit_bias = layers.parameter(nnx.initializers.constant(-10), (1,), rngs=rngs)
 
   @classmethod
   def from_json(cls, config: Mapping, *, dtype=jnp.float32, rngs: nnx.Rngs) -> "SiglipModel":

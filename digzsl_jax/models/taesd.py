@@ -133,7 +133,7 @@ class AutoencoderTiny(nnx.Module):
       config: the parsed file; empty for the author's own files, which have none.
       dtype: of the computation; the last convolutions are float32 in any case.
       remat: compute each block's activations again in the backward pass instead of keeping them.
-      rngs: for fresh weights; under `nnx.eval_shape` none are made.
+      rngs: for fresh weights; `hub.abstract` makes none.
     """
     return cls(TinyConfig.from_json(config), dtype=dtype, remat=remat, rngs=rngs)
 

@@ -177,7 +177,7 @@ class AutoencoderKL(nnx.Module):
       config: the parsed file.
       dtype: of the computation; softmax, norms and the last layers are float32 in any case.
       remat: compute each layer's activations again in the backward pass instead of keeping them.
-      rngs: for fresh weights; under `nnx.eval_shape` none are made.
+      rngs: for fresh weights; `hub.abstract` makes none.
     """
     return cls(VAEConfig.from_json(config), dtype=dtype, remat=remat, rngs=rngs)
 

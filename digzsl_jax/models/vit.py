@@ -49,8 +49,8 @@ class Embeddings(nnx.Module):
   def __init__(self, config: ViTConfig, *, dtype, rngs: nnx.Rngs):
     width, length = config.hidden_size, (config.image_size // config.patch_size)**2 + 1
     self.image_size, self.dtype = config.image_size, layers.types(dtype)[1]
-    self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, 1, width)))
-    self.position_embeddings = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, length, width)))
+    self.cls_token = layers.parameter(nnx.initializers.normal(0.02), (1, 1, width), rngs=rngs)
+    self.position_embeddings = layers.parameter(nnx.initializers.normal(0.02), (1, length, width), rngs=rngs)
     self.patch_embeddings = PatchEmbeddings(config, dtype=dtype, rngs=rngs)
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
