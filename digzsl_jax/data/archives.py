@@ -130,6 +130,8 @@ def _labels(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], image
   if "image_files" not in found:
     return labels_n, None
   paths_n = tuple(image_folders.adopt(name, folder, file) for file in found["image_files"])
+  if len(paths_n) != len(labels_n):
+    raise ValueError(f"{path} has {len(paths_n)} image files, but {len(labels_n)} labels; get it again")
   for file, label in zip(paths_n, labels_n.tolist()):
     if not image_folders.same_class(name, file, raw_names_k[label]):
       raise ValueError(f"{path}: {file} is labelled {raw_names_k[label]}; labels are rows of allclasses.txt, not the "

@@ -117,8 +117,6 @@ class Split:
 
   def _check_labels(self):
     n = len(self.labels_n)
-    if self.paths_n is not None and len(self.paths_n) != n:
-      raise ValueError(f"{self.name}: {len(self.paths_n)} image files, but {n} labels")
     for field, classes in zip(LOCS, (self.seen, self.seen, self.unseen)):
       rows = getattr(self, field)
       if rows.max(initial=0) >= n:

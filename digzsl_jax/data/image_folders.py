@@ -156,9 +156,12 @@ def _find(name: str, folder: pathlib.Path, file: str) -> pathlib.Path | None:
 
 
 def _pictures(name: str, folder: pathlib.Path) -> str:
-  """The folder of images, relative; where there is none, as if it were right here."""
+  """The folder of images, relative to `folder`; where there is none, the one that should be there."""
   found = _find(name, folder, _PICTURES[name])
-  return found.relative_to(folder).as_posix() if found else _PICTURES[name]
+  if found is None:
+    usual = next((folder / place for place in _USUAL[name] if (folder / place).is_dir()), folder)
+    found = usual / _PICTURES[name]
+  return found.relative_to(folder).as_posix()
 
 
 def _key(raw: str) -> str:
