@@ -85,7 +85,7 @@ def small(tmp_path):
 
 
 def published_archive(folder, name):
-  """Att_splits.mat and lists with the published classes and counts, rows drawn at random."""
+  """An archive with the published classes and counts, its rows drawn at random."""
   classes, numbers = benchmarks.published_classes(name), benchmarks.PUBLISHED[name]
   rows, parts = np.random.default_rng(0).permutation(numbers["images"]) + 1, {}
   for part in ("trainval", "test_seen", "test_unseen"):
@@ -200,6 +200,8 @@ def put(part, field, value):
   (put(2, "testclasses.txt", lambda names: names[1:]), "004.Groove_billed_Ani are neither seen nor unseen"),
   (put(2, "testclasses.txt", lambda names: (*names, SEEN[0])), "are both seen and unseen"),
   (put(2, "testclasses.txt", lambda names: ("Ani", *names)), "testclasses.txt: Ani not among all classes"),
+  (put(1, "labels", lambda labels: cells(["x"])), "must hold labels, and image_files as text"),
+  (put(1, "image_files", lambda files: np.ones(len(files))), "must hold labels, and image_files as text"),
   (put(1, "image_files", lambda files: cells([file[0][0].replace("images", "x") for file in files])), "in no folder"),
 ])
 def test_what_is_wrong_is_said(tmp_path, change, message):
@@ -207,6 +209,12 @@ def test_what_is_wrong_is_said(tmp_path, change, message):
   change(*parts)
   with pytest.raises(ValueError, match=message):
     archives.load(write(tmp_path / "CUB", *parts))
+
+
+def test_a_list_that_is_no_text(small):
+  (small / "testclasses.txt").write_bytes(b"\xff\xfe\x00")
+  with pytest.raises(ValueError, match="testclasses.txt is no text file"):
+    archives.load(small)
 
 
 def test_rows_of_another_order(tmp_path):
@@ -251,7 +259,7 @@ def test_text_of_matlab_files(tmp_path):
 
 def test_which_benchmark(small, tmp_path):
   assert archives.load(small).name == archives.load(small.rename(tmp_path / "birds"), "CUB").name == "CUB"
-  with pytest.raises(ValueError, match='"BIRDS" is no benchmark'):
+  with pytest.raises(ValueError, match='"BIRDS" is no benchmark; give'):
     archives.load(tmp_path / "birds")
   with pytest.raises(ValueError, match="no folder"):
     archives.load(tmp_path / "SUN")
@@ -362,6 +370,13 @@ def test_flowers_with_published_rows(tmp_path):
   image = int(split.paths_n[150].removeprefix("jpg/image_").removesuffix(".jpg"))
   numbers_n = scipy.io.loadmat(folder / "imagelabels.mat")["labels"].ravel()
   assert numbers_n[image - 1] == split.labels_n[150] + 1
+  files = cells([f"/BS/data/{path}" for path in split.paths_n])
+  write(folder, rows, {"labels": split.labels_n[:, None] + 1, "image_files": files})
+  assert benchmarks.fingerprint(archives.load(folder)) == benchmarks.fingerprint(split)
+  write(folder, rows, {"labels": split.labels_n[::-1, None] + 1, "image_files": files})
+  with pytest.raises(ValueError, match="jpg is labelled blackberry lily"):
+    archives.load(folder)
+  (folder / "res101.mat").unlink()
   write(folder, {field: (values + 1) % len(labels_n) + 1 for field, values in rows.items()})
   with pytest.raises(ValueError, match="the rows are shifted, or of another order"):
     archives.load(folder)
@@ -376,7 +391,7 @@ def test_archive_beside_the_data_set(tmp_path):
   split = archives.load(folder)
   assert all((folder / path).is_file() for path in split.paths_n) and split.seed is None
   (pictures / paths[3]).unlink()
-  with pytest.raises(ValueError, match=f"1 images of res101.mat are not there, the first is .*{paths[3][-8:]}"):
+  with pytest.raises(ValueError, match=f"{paths[3]} of res101.mat is not there"):
     archives.load(folder)
   (folder / "res101.mat").unlink()  # nothing says which image a row is
   assert archives.load(folder).seed == 0

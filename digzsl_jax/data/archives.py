@@ -47,7 +47,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
     raise ValueError(f"there is no folder {folder}")
   name = name or folder.resolve().name.upper()
   if name not in PUBLISHED:
-    raise ValueError(f'"{name}" is no benchmark: name the folder, or say, {", ".join(PUBLISHED)}')
+    raise ValueError(f'{folder}: "{name}" is no benchmark; give the name of one, {", ".join(PUBLISHED)}')
   if validation not in (1, 2, 3):
     raise ValueError(f"validation is {validation}: the published divisions are 1, 2 and 3")
   images, has_rows = image_folders.read(name, folder), (folder / "att_splits.mat").is_file()
@@ -82,7 +82,7 @@ def _read_archive(name: str, folder: pathlib.Path, images: image_folders.Images 
 
 def _names(name: str, folder: pathlib.Path, found: dict) -> tuple[str, ...]:
   """Class names in the order of labels: allclasses.txt, which allclasses_names must equal, or either of them."""
-  listed, stored = _list(folder / "allclasses.txt"), found.get("allclasses_names")
+  listed, stored = image_folders.lines(folder / "allclasses.txt"), found.get("allclasses_names")
   if listed and stored and listed != stored:
     wrong = sorted(set(listed) ^ set(stored))
     raise ValueError(f"{folder}: allclasses.txt and the allclasses_names of att_splits.mat differ: "
@@ -101,7 +101,7 @@ def _class_lists(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], 
   parts = {"seen": ("train", "validation"), "unseen": ("unseen",), "validation": ("validation",)}
   lists = {}
   for field, file in files.items():
-    names = _list(folder / file)
+    names = image_folders.lines(folder / file)
     if names is None:
       if field == "validation" and validation != 1:
         raise ValueError(f"{folder / file} is missing; only division 1 is known without it")
@@ -119,7 +119,7 @@ def _labels(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], image
   if not path.is_file():
     return (None, None) if images is None else (_positions(raw_names_k, images), images.paths_n)
   found = matlab.read(path, ["labels", "image_files"])  # the features are large, and of no use here
-  if "labels" not in found or not isinstance(found.get("image_files", []), list):
+  if not isinstance(found.get("labels"), np.ndarray) or not isinstance(found.get("image_files", []), list):
     raise ValueError(f"{path} must hold labels, and image_files as text; get it again")
   labels_n = found["labels"].ravel().astype(np.int32) - 1
   if labels_n.min(initial=0) < 0:
@@ -132,14 +132,14 @@ def _labels(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], image
   paths_n = tuple(image_folders.adopt(name, folder, file) for file in found["image_files"])
   if len(paths_n) != len(labels_n):
     raise ValueError(f"{path} has {len(paths_n)} image files, but {len(labels_n)} labels; get it again")
+  class_of = dict(zip(images.paths_n, images.classes_n)) if images else None
   for file, label in zip(paths_n, labels_n.tolist()):
-    if not image_folders.same_class(name, file, raw_names_k[label]):
-      raise ValueError(f"{path}: {file} is labelled {raw_names_k[label]}; labels are rows of allclasses.txt, not the "
-                       "numbers of folders, so get both files from one release")
-  absent = set(paths_n) - set(images.paths_n) if images else None
-  if absent:
-    raise ValueError(f"{folder}: {len(absent)} images of res101.mat are not there, the first is {min(absent)}; unpack "
-                     "the data set again")
+    raw = raw_names_k[label]
+    if class_of and file not in class_of:
+      raise ValueError(f"{folder}: {file} of res101.mat is not there; unpack the data set again")
+    if not (class_of[file] == raw if class_of else image_folders.same_class(name, file, raw)):
+      raise ValueError(f"{path}: {file} is labelled {raw}; labels are rows of allclasses.txt, not the numbers of "
+                       "folders, so get both files from one release")
   return labels_n, paths_n
 
 
@@ -186,16 +186,6 @@ def _divide(name: str, folder: pathlib.Path, images: image_folders.Images, valid
 def _positions(raw_names_k: tuple[str, ...], images: image_folders.Images) -> np.ndarray:
   position = {raw: label for label, raw in enumerate(raw_names_k)}
   return np.array([position[raw] for raw in images.classes_n], np.int32)
-
-
-def _list(path: pathlib.Path) -> list[str] | None:
-  """The lines of a text file, None where there is none."""
-  if not path.is_file():
-    return None
-  try:
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-  except UnicodeDecodeError as error:
-    raise ValueError(f"{path} is no text file ({error}); get it again") from error
 
 
 def check(folder: os.PathLike, name: str | None = None) -> bool:

@@ -60,7 +60,7 @@ def adopt(name: str, folder: pathlib.Path, path: str) -> str:
   Raises:
     ValueError: the path goes through no such folder.
   """
-  head, found, tail = path.strip().rpartition(f"/{_PICTURES[name]}/")
+  head, found, tail = path.rpartition(f"/{_PICTURES[name]}/")
   if not found:
     raise ValueError(f'image file "{path}" is in no folder {_PICTURES[name]}/, where {name} has its images')
   return f"{_pictures(name, folder)}/{tail}"
@@ -80,7 +80,7 @@ def attributes(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...]) ->
   names_path = _find(name, folder, "classes.txt")
   if not values_path or not names_path:
     return None
-  order = [line.split()[-1] for line in _lines(names_path)]
+  order = [line.split()[-1] for line in lines(names_path)]
   try:
     values_ka = np.loadtxt(values_path, ndmin=2)
     values_ka = values_ka[[order.index(raw) for raw in raw_names_k]]
@@ -88,6 +88,20 @@ def attributes(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...]) ->
     raise ValueError(f"{values_path} and {names_path} do not give attributes of every class ({error}); get both "
                      "again") from error
   return values_ka / np.linalg.norm(values_ka, axis=1, keepdims=True)
+
+
+def lines(path: pathlib.Path) -> list[str] | None:
+  """The lines of a text file that are not empty; None where there is no file.
+
+  Raises:
+    ValueError: it is no text file.
+  """
+  if not path.is_file():
+    return None
+  try:
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{path} is no text file ({error}); get it again") from error
 
 
 def _read_folders(name: str, folder: pathlib.Path) -> Images | None:
@@ -169,15 +183,12 @@ def _key(raw: str) -> str:
   return re.sub(r"[^a-z0-9]", "", raw.lower())
 
 
-def _lines(path: pathlib.Path) -> list[str]:
-  return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def _table(path: pathlib.Path) -> dict[str, str]:
   """A file of lines "number value"."""
-  if not path.is_file():
+  found = lines(path)
+  if found is None:
     raise ValueError(f"{path} is missing; get the data set's text files again")
-  rows = [line.split(maxsplit=1) for line in _lines(path)]
+  rows = [line.split(maxsplit=1) for line in found]
   if any(len(row) < 2 for row in rows) or len({row[0] for row in rows}) < len(rows):
     raise ValueError(f"{path} must hold lines of a number and a value, each number once; get it again")
   return dict(rows)
