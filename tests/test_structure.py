@@ -42,7 +42,7 @@ NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", 
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 CONVERTER = f"{PACKAGE}/convert.py"  # reads pickles, which only PyTorch can; loads it when it is called
 REFERENCE = f"{PACKAGE}/verify/reference.py"  # the oracle itself, run in a process of its own and imported by nothing
-SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain"}
+SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain", "scipy", "h5py"}
 
 
 def tree_of(file: str) -> ast.Module:

@@ -3,6 +3,43 @@
 import hashlib
 import re
 import string
+from collections.abc import Sequence
+
+# Sets of templates; the mean of a class's text embeddings over a set stands for the class. After CLIP's authors:
+# prompts.md and the notebook on ImageNet in github.com/openai/CLIP, whose templates for birds, flowers and scenes serve
+# CUB, FLO and SUN; they have none for animals.
+TEMPLATES = {
+  "photo": ("a photo of a {name}.",),
+  "awa2": ("a photo of a {name}, a type of animal.",),
+  "cub": ("a photo of a {name}, a type of bird.",),
+  "flo": ("a photo of a {name}, a type of flower.",),
+  "sun": ("a photo of a {name}.", "a photo of the {name}."),
+  "imagenet80": (
+    "a bad photo of a {name}.", "a photo of many {name}.", "a sculpture of a {name}.",
+    "a photo of the hard to see {name}.", "a low resolution photo of the {name}.", "a rendering of a {name}.",
+    "graffiti of a {name}.", "a bad photo of the {name}.", "a cropped photo of the {name}.", "a tattoo of a {name}.",
+    "the embroidered {name}.", "a photo of a hard to see {name}.", "a bright photo of a {name}.",
+    "a photo of a clean {name}.", "a photo of a dirty {name}.", "a dark photo of the {name}.",
+    "a drawing of a {name}.", "a photo of my {name}.", "the plastic {name}.", "a photo of the cool {name}.",
+    "a close-up photo of a {name}.", "a black and white photo of the {name}.", "a painting of the {name}.",
+    "a painting of a {name}.", "a pixelated photo of the {name}.", "a sculpture of the {name}.",
+    "a bright photo of the {name}.", "a cropped photo of a {name}.", "a plastic {name}.",
+    "a photo of the dirty {name}.", "a jpeg corrupted photo of a {name}.", "a blurry photo of the {name}.",
+    "a photo of the {name}.", "a good photo of the {name}.", "a rendering of the {name}.", "a {name} in a video game.",
+    "a photo of one {name}.", "a doodle of a {name}.", "a close-up photo of the {name}.", "a photo of a {name}.",
+    "the origami {name}.", "the {name} in a video game.", "a sketch of a {name}.", "a doodle of the {name}.",
+    "a origami {name}.", "a low resolution photo of a {name}.", "the toy {name}.", "a rendition of the {name}.",
+    "a photo of the clean {name}.", "a photo of a large {name}.", "a rendition of a {name}.",
+    "a photo of a nice {name}.", "a photo of a weird {name}.", "a blurry photo of a {name}.", "a cartoon {name}.",
+    "art of a {name}.", "a sketch of the {name}.", "a embroidered {name}.", "a pixelated photo of a {name}.",
+    "itap of the {name}.", "a jpeg corrupted photo of the {name}.", "a good photo of a {name}.", "a plushie {name}.",
+    "a photo of the nice {name}.", "a photo of the small {name}.", "a photo of the weird {name}.",
+    "the cartoon {name}.", "art of the {name}.", "a drawing of the {name}.", "a photo of the large {name}.",
+    "a black and white photo of a {name}.", "the plushie {name}.", "a dark photo of a {name}.", "itap of a {name}.",
+    "graffiti of the {name}.", "a toy {name}.", "itap of my {name}.", "a photo of a cool {name}.",
+    "a photo of a small {name}.", "a tattoo of the {name}.",
+  ),
+}
 
 
 def prompt(template: str, name: str) -> str:
@@ -13,6 +50,15 @@ def prompt(template: str, name: str) -> str:
   """
   check_template(template)
   return template.format(name=class_name(name))
+
+
+def expand(templates: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+  """Every template filled in for every name: for each name a list with a text for each template.
+
+  Raises:
+    ValueError: as `prompt`.
+  """
+  return [[prompt(template, name) for template in templates] for name in names]
 
 
 def class_name(raw: str) -> str:
