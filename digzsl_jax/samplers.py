@@ -73,7 +73,7 @@ def _settle(config: Mapping[str, Any], kind: str | None) -> tuple[str, Mapping[s
   if not (kind or own):
     raise ValueError(f"scheduler_config.json: _class_name={config.get('_class_name')!r} is not one of "
                      f"{', '.join(KINDS)}; choose a kind out of {', '.join(names)} explicitly.")
-  kind, changes = VARIANTS.get(kind, (choose("kind", kind or own, names), {}))
+  kind, changes = VARIANTS.get(kind, (choose("sampler", kind or own, names), {}))
   config = {**_DEFAULTS[kind], **(_ABSENT.get(kind, {}) if kind == own else {}), **config, **changes,
             **_IGNORED.get(kind, {})}
   for field, value in _REQUIRED[kind].items():

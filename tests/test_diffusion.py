@@ -338,7 +338,7 @@ def test_fields_left_out_mean_what_their_class_means():
 @pytest.mark.parametrize("arguments,message", [
   (dict(steps=0), "steps=0"), (dict(steps=1001), "steps=1001"), (dict(steps=None), "steps=None"),
   (dict(steps=1000), "steps=1000"),  # with steps_offset 1 this begins at timestep 1000
-  (dict(steps=5, kind="heun"), "kind='heun'"), (dict(steps=1000, kind="dpm++"), "steps=1000"),
+  (dict(steps=5, kind="heun"), "sampler='heun'"), (dict(steps=1000, kind="dpm++"), "steps=1000"),
   (dict(steps=None, timesteps=[9, 5], kind="pndm"), "kind='ddim'"),
   (dict(steps=3, timesteps=[9, 5]), "steps=3"), (dict(steps=None, timesteps=[5, 9]), "descending"),
   (dict(steps=None, timesteps=[1000, 9]), "between 999 and 0"),
