@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.inception_weights import random_tensors
+
 
 class BasicConv2d(nn.Module):
   def __init__(self, inputs, outputs, kernel_size, **options):
@@ -140,15 +142,8 @@ class Inception(nn.Module):
 
 
 def random_inception():
-  """Weights that keep activations of order 1, and statistics that are not neutral."""
   model = Inception().eval()
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for name, tensor in model.state_dict().items():
-      if tensor.ndim == 4:
-        tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
-      elif name.endswith("running_var") or name.endswith("bn.weight"):
-        tensor.uniform_(0.8, 1.25, generator=generator)
-      elif tensor.is_floating_point():
-        tensor.normal_(0, 0.1, generator=generator)
+  shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+  tensors = {name: torch.from_numpy(tensor) for name, tensor in random_tensors(shapes).items()}
+  model.load_state_dict(model.state_dict() | tensors)
   return model

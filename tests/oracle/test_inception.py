@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from digzsl_jax import convert
 from digzsl_jax.models import hub, inception
+from tests.inception_weights import photographs
 from tests.oracle.fid_inception import mean_3x3, random_inception
 from tests.oracle.parity import to_numpy, to_torch
 
@@ -24,15 +25,6 @@ def published(tmp_path_factory):
   torch.save(model.state_dict(), folder / "inception.pth")
   convert.convert(folder / "inception.pth", folder / "inception.safetensors", say=lambda line: None)
   return model, folder / "inception.safetensors"
-
-
-def photographs(height, width, seed=0):
-  """uint8 `[2, height, width, 3]`: smooth, but with edges and noise."""
-  rng = np.random.default_rng(seed)
-  i, j = np.mgrid[:height, :width]
-  waves = [np.sin(i / rng.uniform(3, 30) + j / rng.uniform(3, 30)) > 0 for _ in range(6)]
-  images = np.stack(waves, -1).reshape(height, width, 2, 3).transpose(2, 0, 1, 3) * 150 + rng.integers(0, 105, 3)
-  return (images + rng.normal(0, 12, images.shape)).clip(0, 255).astype(np.uint8)
 
 
 def bilinear(images_bijc):
