@@ -14,7 +14,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
                for path in (ROOT / folder).rglob("*.py"))
 
 # A part of the package (module or folder below it) and the parts that it may import.
-LIBRARY = {"models", "diffusion", "samplers", "data", "losses", "metrics"}
+LIBRARY = {"models", "diffusion", "samplers", "data", "losses", "metrics", "quality"}
 TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -30,15 +30,16 @@ MAY_IMPORT = {
     "samplers": set(),
     "losses": set(),
     "metrics": set(),
+    "quality": set(),
     "data": {"data", "files"},
     **{tool: {"files"} - {tool} for tool in TOOLS},
 }
-NO_FILES = {"models", "diffusion", "samplers", "losses", "metrics"}
+NO_FILES = {"models", "diffusion", "samplers", "losses", "metrics", "quality"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}
 OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 READS_FILES = {f"{PACKAGE}/models/{name}.py" for name in ("hub", "download")}
 # `load(folder)` of these joins a folder's name with those of its parts and leaves the reading to hub.
-NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", "single_file", "cdm")}
+NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", "single_file", "cdm", "inception")}
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 CONVERTER = f"{PACKAGE}/convert.py"  # reads pickles, which only PyTorch can; loads it when it is called
 REFERENCE = f"{PACKAGE}/verify/reference.py"  # the oracle itself, run in a process of its own and imported by nothing

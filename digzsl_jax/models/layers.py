@@ -103,13 +103,15 @@ class Conv(nnx.Conv):
     return super().__call__(x_bijd).astype(self.out)
 
 
-def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, padding=None, bias: bool = True,
+def conv(inputs: int, outputs: int, kernel: int | tuple[int, int], *, stride: int = 1, padding=None, bias: bool = True,
          dtype, rngs: nnx.Rngs) -> Conv:
-  """Square convolution over `[b, i, j, channel]`; padding defaults to `kernel // 2` on every side."""
-  pad = kernel // 2 if padding is None else padding
-  pads = ((pad, pad),) * 2 if isinstance(pad, int) else tuple(pad)
+  """Convolution over `[b, i, j, channel]`, square for one number; padding defaults to `kernel // 2` on every side."""
+  kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+  if padding is None:
+    padding = tuple((size // 2, size // 2) for size in kernel)
+  pads = ((padding, padding),) * 2 if isinstance(padding, int) else tuple(padding)
   weights, out = types(dtype)
-  return Conv(inputs, outputs, (kernel, kernel), strides=stride, padding=pads, use_bias=bias,
+  return Conv(inputs, outputs, kernel, strides=stride, padding=pads, use_bias=bias,
               conv_general_dilated=convolve, dtype=weights, param_dtype=weights, out=out,
               kernel_init=first(LECUN), bias_init=ZEROS, rngs=rngs)
 
@@ -168,6 +170,20 @@ def layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.Laye
   out = types(dtype)[1]
   return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, dtype=out, param_dtype=out, scale_init=ONES,
                        bias_init=ZEROS, rngs=rngs)
+
+
+class BatchNorm(nnx.Module):
+  """Batch norm (arXiv 1502.03167) by the statistics that training left, in float32; PyTorch's names."""
+
+  def __init__(self, channels: int, epsilon: float, *, dtype, rngs: nnx.Rngs):
+    zeros, ones = ZEROS(rngs.params(), (channels,)), ONES(rngs.params(), (channels,))
+    self.epsilon, self.dtype = epsilon, types(dtype)[1]
+    self.weight, self.bias = nnx.Param(ones), nnx.Param(zeros)
+    self.running_mean, self.running_var = nnx.BatchStat(zeros), nnx.BatchStat(ones)
+
+  def __call__(self, x_bijd: jax.Array) -> jax.Array:
+    scale_d = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + self.epsilon)
+    return (x_bijd * scale_d + (self.bias[...] - self.running_mean[...] * scale_d)).astype(self.dtype)
 
 
 def embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:
