@@ -163,9 +163,10 @@ class Workspace:
 
   @functools.cached_property
   def dataset(self) -> splits.Dataset:
-    """The data set of the config, whose counts go to the log."""
+    """The data set of the config, whose counts and notes go to the log."""
     dataset = datasets.load(self.config["data"])
-    self.log.say(splits.summary(dataset))
+    for line in (splits.summary(dataset), *dataset.notes):
+      self.log.say(line)
     return dataset
 
   @functools.cached_property

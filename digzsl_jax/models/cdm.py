@@ -9,8 +9,8 @@ Features of an image, one row for every later use:
   ViT, DINOv2  [class position after the last norm]                        d numbers
   SigLIP       [pooled state of the vision tower]                          d numbers
 
-Shapes: n image, b batch, i j height and width, c colour, f feature row, d width of the encoder,
-p width of the text space.
+Shapes: n image, b batch, i j height and width, y x the same after resizing, c colour, f feature row, d width of
+the encoder, p width of the text space.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from digzsl_jax import resize
 from digzsl_jax.losses import normalise
 from digzsl_jax.models import hub, layers
 from digzsl_jax.models.clip import CLIPModel
@@ -85,13 +86,14 @@ class Preprocess:
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     """Shorter side to `shortest` (bicubic with antialias, as Pillow), centre crop to `size`, normalise."""
-    b, i, j, c = images_bijc.shape
-    shortest = self.shortest or self.size
-    if min(i, j) != shortest:
-      i, j = (shortest * side // min(i, j) for side in (i, j))
-      images_bijc = jax.image.resize(images_bijc, (b, i, j, c), "cubic", antialias=True)
-    top, left = round((i - self.size) / 2), round((j - self.size) / 2)
-    images_bijc = images_bijc[:, top:top + self.size, left:left + self.size]
+    sides = images_bijc.shape[1:3]
+    *scaled, top, left = resize.fit(*sides, self.shortest or self.size, self.size)
+    rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+    if sides == tuple(scaled):
+      images_bijc = images_bijc[:, rows, columns]
+    else:
+      down, across = (resize.weights(*pair)[kept] for *pair, kept in zip(sides, scaled, (rows, columns)))
+      images_bijc = jnp.einsum("yi,xj,bijc->byxc", down, across, images_bijc, precision="highest")
     # (x / 2 + 1 / 2 - mean) / std, in the form that leaves x as it is for mean = std = 1 / 2
     return (images_bijc - (2 * np.array(self.mean, np.float32) - 1)) * (0.5 / np.array(self.std, np.float32))
 
