@@ -55,7 +55,7 @@ def dig_zsl() -> config_dict.ConfigDict:
                   judge="embedded:scenes/judge", dtype="float32", prototype_template="a photo of a {name}"),
       mesh=dict(devices=0),
       cdm=dict(encoder="clip", kind="residual", hidden=256, temperature=0.05, steps=600, batch=256,
-               learning_rate=1e-3, weight_decay=0.0),
+               learning_rate=1e-3, weight_decay=0.0, cache="~/.cache/digzsl_jax/features"),
       tokens=dict(
           template="a photo of {token} {name}", initial="a", initial_file="", vectors=1,
           gradient="x0", sampler="ddim", steps=3, grad_calls=0, x0_timestep=600, guidance=4.0,

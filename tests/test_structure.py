@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},
-    "workspace": {*LIBRARY, *TOOLS},
+    "workspace": {"features", *LIBRARY, *TOOLS},
+    "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
     "samplers": set(),

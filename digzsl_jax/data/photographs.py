@@ -29,7 +29,8 @@ def benchmark(name: str, *, folder: str, size: int = 224, validation: int = 1, s
     seed: of the draws, and of our own division where there is no archive.
     train_per_class: training pictures drawn of each class, 0 for all.
     test_per_class: test pictures drawn of each class, 0 for all.
-    skip_damaged: whether a damaged file is left out and noted, or an error.
+    skip_damaged: whether a file that is missing, cut off or no picture is left out and noted, or an error. Damage
+      inside a whole file is found when it is decoded, in the first stage, and always an error.
 
   Raises:
     ValueError: as `archives.load`; no photographs, or damaged ones.

@@ -111,7 +111,7 @@ def decode(path: os.PathLike, size: int) -> np.ndarray:
   """
   try:
     with Image.open(path) as image:
-      image = ImageOps.exif_transpose(image)
+      ImageOps.exif_transpose(image, in_place=True)
       if image.mode.startswith("I;16"):  # which Pillow would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
       image = image.convert("RGB")
