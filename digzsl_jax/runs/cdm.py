@@ -151,7 +151,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   for task in ws.tasks.values():
     features |= encode_task(encode, task, known)
   checkpoint.write_arrays(folder / "features.safetensors", features)
-  ws.log.say(f"cdm: {len(known)} images encoded")
+  ws.log.say(f"cdm: features of {len(known)} images")
   summary = {}
   for name, task in ws.tasks.items():
     seen, prototypes_kp = list(task.seen), ws.prototypes_kd[list(task.seen)]
