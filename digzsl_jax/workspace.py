@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, losses, mesh
+from digzsl_jax import checkpoint, diffusion, features, losses, mesh
 from digzsl_jax.data import datasets, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, clip, download, hub, judge, layers, stable_diffusion
 
 T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
+PLACES = {("cdm", "cache")}  # fields that no result depends on
 TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
 WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
@@ -116,7 +117,8 @@ class Workspace:
     """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""
     inputs = {"seed": self.seed, "dtype": self.models.dtype,
               "data": {**self.config["data"], "sha256": self.data_fingerprint},
-              "models": {model: self.model_fingerprints[model] for model in models}, name: self.config[name],
+              "models": {model: self.model_fingerprints[model] for model in models},
+              name: {field: value for field, value in self.config[name].items() if (name, field) not in PLACES},
               "stages": {need: self.stages[need].fingerprint for need in needs}}
     self.stages[name] = checkpoint.Stage(self.workdir / name, inputs)
     return self.stages[name]
@@ -163,9 +165,10 @@ class Workspace:
 
   @functools.cached_property
   def dataset(self) -> splits.Dataset:
-    """The data set of the config, whose counts go to the log."""
+    """The data set of the config, whose counts and notes go to the log."""
     dataset = datasets.load(self.config["data"])
-    self.log.say(splits.summary(dataset))
+    for line in (splits.summary(dataset), *dataset.notes):
+      self.log.say(line)
     return dataset
 
   @functools.cached_property
@@ -298,6 +301,15 @@ class Workspace:
     """The frozen part of the category discrimination model."""
     return cdm.load_encoder(self.model_paths.get("encoder", cdm.CLIP), self.clip, self.model_paths["clip"],
                             dtype=self.models.dtype)
+
+  def extractor(self, model: str) -> features.Extractor:
+    """Feature rows of the CDM's "encoder" or of the run's own "clip"."""
+    own = model == "clip" or "encoder" not in self.model_paths
+    encoder = cdm.Encoder(self.clip, self.model_paths["clip"]) if own else self.cdm_encoder
+    weights = self.model_fingerprints["clip"]["files"] if own else self.model_fingerprints["encoder"]
+    key = {"weights": weights, "preprocess": str(encoder.preprocess), "dtype": self.models.dtype}
+    cache = self.config["cdm"]["cache"]
+    return features.Extractor(cdm.streamed(encoder), key, pathlib.Path(cache).expanduser() if cache else None, self.log)
 
   def new_cdm_head(self) -> cdm.Head:
     """An untrained head of the kind that guides tokens."""

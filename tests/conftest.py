@@ -103,7 +103,7 @@ def tiny_config(tiny_world):
   config = quickstart.get_config()
   config.data.update(train_per_class=8, test_per_class=4)
   config.models.update(clip=str(tiny_world / "clip"), sd=str(tiny_world / "sd"), judge=str(tiny_world / "judge"))
-  config.cdm.update(hidden=16, steps=20, batch=32)
+  config.cdm.update(hidden=16, steps=20, batch=32, cache="")
   config.tokens.update(images=2, steps=2, slots=8, slots_per_body=1, check_every=2, max_updates=4)
   config.generate.update(images=2, steps=2, batch=8)
   config.classifier.update(images=2, steps=10)

@@ -19,7 +19,7 @@ CLIP_CONFIG = {"text_config": dict(TOWER, vocab_size=8, max_position_embeddings=
                "vision_config": dict(TOWER, image_size=8, patch_size=4), "projection_dim": 6}
 VIT_CONFIG = dict(TOWER, image_size=8, patch_size=4)
 SETTINGS = run_cdm.Settings(encoder="clip", kind="residual", hidden=16, temperature=0.05, steps=60, batch=32,
-                            learning_rate=1e-2, weight_decay=0.01)
+                            learning_rate=1e-2, weight_decay=0.01, cache="")
 
 
 def make_clip():
@@ -45,10 +45,11 @@ def make_dataset():
 def make_workspace(folder, dataset):
   """What a stage reads of a Workspace, with random prototypes."""
   said = types.SimpleNamespace(say=lambda text: None, metrics=lambda *args, **scalars: None)
+  encoder = cdm.Encoder(make_clip(), folder)
   prototypes_kd = np.random.default_rng(1).normal(size=(len(dataset.names), 6)).astype(np.float32)
   return types.SimpleNamespace(
       dataset=dataset, tasks=splits.tasks(dataset), clip=make_clip(), log=said, seed=0, workdir=folder,
-      cdm_encoder=cdm.Encoder(make_clip(), folder),
+      cdm_encoder=encoder, extractor=lambda model: cdm.batched(encoder),
       prototypes_kd=prototypes_kd / np.linalg.norm(prototypes_kd, axis=1, keepdims=True))
 
 
@@ -127,7 +128,7 @@ def test_residual_head_needs_clip(tmp_path):
   with pytest.raises(ValueError, match="width 17"):
     cdm.CDM(encoder, cdm.Head("mlp", 17, 32, 6, rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match="kind"):
-    run_cdm.Settings("some/encoder", "residual", 16, 0.05, 1, 1, 1e-3, 0.0)
+    run_cdm.Settings("some/encoder", "residual", 16, 0.05, 1, 1, 1e-3, 0.0, "")
 
 
 def test_gradient_reaches_the_pixels(tmp_path):

@@ -24,17 +24,19 @@ MAY_IMPORT = {
     "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},
-    "workspace": {*LIBRARY, *TOOLS},
-    "models": {"models", "diffusion", "losses", "files"},
+    "workspace": {"features", *LIBRARY, *TOOLS},
+    "features": {"data", "checkpoint", "logs"},
+    "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
     "samplers": set(),
     "losses": set(),
     "metrics": set(),
     "quality": set(),
-    "data": {"data", "files"},
+    "resize": set(),
+    "data": {"data", "files", "resize"},
     **{tool: {"files"} - {tool} for tool in TOOLS},
 }
-NO_FILES = {"models", "diffusion", "samplers", "losses", "metrics", "quality"}
+NO_FILES = {"models", "diffusion", "samplers", "losses", "metrics", "quality", "resize"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}
 OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 READS_FILES = {f"{PACKAGE}/models/{name}.py" for name in ("hub", "download")}

@@ -1,15 +1,18 @@
 """The data sets, by name."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 
-from digzsl_jax.data import fashion_mnist, scenes, splits
+from digzsl_jax.data import fashion_mnist, photographs, scenes, splits
 
-LOADERS = {"scenes": scenes.load, "fashion_mnist": fashion_mnist.load}
+LOADERS = {"scenes": scenes.load, "fashion_mnist": fashion_mnist.load,
+           **{name.lower(): functools.partial(photographs.benchmark, name) for name in photographs.BENCHMARKS},
+           "folder": photographs.own}
 
 
 def load(settings: Mapping) -> splits.Dataset:
-  """The data set `settings["name"]`, "scenes" or "fashion_mnist"; the other settings go to its `load`.
+  """The data set `settings["name"]`, a key of `LOADERS`; the other settings go to its loader.
 
   Raises:
     ValueError: an unknown name or setting.
@@ -22,8 +25,12 @@ def load(settings: Mapping) -> splits.Dataset:
   unknown = [key for key in arguments if key not in known]
   if unknown:
     raise ValueError(f'config.data: {name} has no setting "{unknown[0]}"; it has {", ".join(known)}')
-  for field, least in (("train_per_class", 1), ("test_per_class", 1), ("seed", 0)):
-    if arguments.get(field, least) < least:
+  needed = [key for key, setting in known.items() if setting.default is setting.empty and key not in arguments]
+  if needed:
+    raise ValueError(f'config.data: {name} needs the setting "{needed[0]}"')
+  for field in arguments.keys() & {"train_per_class", "test_per_class", "seed"}:
+    least = min(known[field].default, 1)  # where 0 means all, it is the default
+    if arguments[field] < least:
       raise ValueError(f"config.data.{field} is {arguments[field]}; it must be at least {least}")
   try:
     return LOADERS[name](**arguments)

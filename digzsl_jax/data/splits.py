@@ -9,16 +9,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from digzsl_jax.data.pictures import Pictures
+
 
 class LabelledImages(NamedTuple):
   """Images and their labels, row by row."""
 
-  images_nhwc: np.ndarray  # uint8
+  images_nhwc: np.ndarray | Pictures  # uint8
   labels_n: np.ndarray  # int32, positions in `Dataset.names`
 
   def take(self, rows) -> "LabelledImages":
     """The images and labels of `rows`: indices, or a mask `[n]`."""
-    return LabelledImages(self.images_nhwc[rows], self.labels_n[rows])
+    images = self.images_nhwc
+    return LabelledImages(images.take(rows) if isinstance(images, Pictures) else images[rows], self.labels_n[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Dataset:
   test_seen: LabelledImages
   test_unseen: LabelledImages
   real_unseen: LabelledImages | None = None
+  notes: tuple[str, ...] = ()
 
   def __post_init__(self):
     self._check_lists()
@@ -130,14 +134,17 @@ def tasks(dataset: Dataset) -> dict[str, Task]:
 
 
 def fingerprint(dataset: Dataset) -> str:
-  """SHA-256 (hex) of everything in the data set: names, lists, labels and image bytes."""
+  """SHA-256 (hex) of everything in the data set: names, lists, labels, image bytes or `Pictures.fingerprint`, notes."""
   digest = hashlib.sha256()
   for field in dataclasses.fields(dataset):
     value = getattr(dataset, field.name)
+    if field.name == "notes" and not value:
+      continue
     digest.update(f"\0{field.name}\0".encode())
     if isinstance(value, LabelledImages):
-      digest.update(repr(value.images_nhwc.shape).encode())
-      digest.update(np.ascontiguousarray(value.images_nhwc))
+      images = value.images_nhwc
+      digest.update(repr(images.shape).encode())
+      digest.update(images.fingerprint if isinstance(images, Pictures) else np.ascontiguousarray(images))
       digest.update(np.ascontiguousarray(value.labels_n, dtype="<i4"))
     else:
       digest.update(repr(value).encode())

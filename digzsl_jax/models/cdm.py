@@ -9,20 +9,24 @@ Features of an image, one row for every later use:
   ViT, DINOv2  [class position after the last norm]                        d numbers
   SigLIP       [pooled state of the vision tower]                          d numbers
 
-Shapes: n image, b batch, i j height and width, c colour, f feature row, d width of the encoder,
-p width of the text space.
+Shapes: n image, b batch, i j height and width, y x the same after resizing, c colour, f feature row, d width of
+the encoder, p width of the text space.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from digzsl_jax import resize
 from digzsl_jax.losses import normalise
 from digzsl_jax.models import hub, layers
 from digzsl_jax.models.clip import CLIPModel
@@ -31,6 +35,7 @@ from digzsl_jax.models.siglip import SiglipVisionModel
 from digzsl_jax.models.vit import ViT
 
 KINDS = ("residual", "mlp")
+AHEAD = 2  # batches that are read while one is encoded
 CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a folder
 MODELS = {"clip": CLIPModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel,
           "siglip_vision_model": SiglipVisionModel, "vit": ViT}  # by `model_type` of the folder's config.json
@@ -85,13 +90,14 @@ class Preprocess:
 
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     """Shorter side to `shortest` (bicubic with antialias, as Pillow), centre crop to `size`, normalise."""
-    b, i, j, c = images_bijc.shape
-    shortest = self.shortest or self.size
-    if min(i, j) != shortest:
-      i, j = (shortest * side // min(i, j) for side in (i, j))
-      images_bijc = jax.image.resize(images_bijc, (b, i, j, c), "cubic", antialias=True)
-    top, left = round((i - self.size) / 2), round((j - self.size) / 2)
-    images_bijc = images_bijc[:, top:top + self.size, left:left + self.size]
+    sides = images_bijc.shape[1:3]
+    *scaled, top, left = resize.fit(*sides, self.shortest or self.size, self.size)
+    rows, columns = slice(top, top + self.size), slice(left, left + self.size)
+    if sides == tuple(scaled):
+      images_bijc = images_bijc[:, rows, columns]
+    else:
+      down, across = (resize.weights(*pair)[kept] for *pair, kept in zip(sides, scaled, (rows, columns)))
+      images_bijc = jnp.einsum("yi,xj,bijc->byxc", down, across, images_bijc, precision="highest")
     # (x / 2 + 1 / 2 - mean) / std, in the form that leaves x as it is for mean = std = 1 / 2
     return (images_bijc - (2 * np.array(self.mean, np.float32) - 1)) * (0.5 / np.array(self.std, np.float32))
 
@@ -220,17 +226,36 @@ def load(encoder: Encoder, folder: os.PathLike) -> CDM:
   return CDM(encoder, load_head(folder))
 
 
-def batched(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
-  """`encoder` as a function of uint8 images `[n, i, j, c]`, run in batches of one shape: one compilation."""
+def streamed(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+  """`encoder` as a function of uint8 images `[n, i, j, c]` that yields their features, batch by batch.
+
+  Batches have one shape: one compilation. The images may be any object with a length and slices that are arrays; the
+  next slices are asked for in other threads while one is encoded.
+  """
   graphdef, params = nnx.split(encoder)
   apply = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images.astype(jnp.float32) / 127.5 - 1))
 
-  def encode(images_nijc: np.ndarray) -> np.ndarray:
-    out = []
-    for start in range(0, len(images_nijc), batch):
-      rows = images_nijc[start:start + batch]
-      padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)])
-      out.append(np.asarray(apply(params, padded))[:len(rows)])
-    return np.concatenate(out)
+  def read(images_nijc, start: int) -> tuple[np.ndarray, int]:
+    rows = images_nijc[start:start + batch]
+    return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]), len(rows)
 
-  return encode
+  def stream(images_nijc):
+    starts, encoding = iter(range(0, len(images_nijc), batch)), None
+    with concurrent.futures.ThreadPoolExecutor(AHEAD) as readers:
+      reading = collections.deque(readers.submit(read, images_nijc, start) for start in itertools.islice(starts, AHEAD))
+      while reading:
+        padded, count = reading.popleft().result()
+        reading.extend(readers.submit(read, images_nijc, start) for start in itertools.islice(starts, 1))
+        behind, encoding = encoding, (apply(params, padded), count)
+        if behind:  # fetched once the next batch is under way
+          yield np.asarray(behind[0])[:behind[1]]
+    if encoding:
+      yield np.asarray(encoding[0])[:encoding[1]]
+
+  return stream
+
+
+def batched(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
+  """`streamed` with all features at once."""
+  stream = streamed(encoder, batch)
+  return lambda images_nijc: np.concatenate(list(stream(images_nijc)))

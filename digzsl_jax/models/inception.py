@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax.models import hub, layers
+from digzsl_jax.resize import weights as bicubic_weights
 
 SIDE = 299
 WIDTH = 2048
@@ -30,40 +31,29 @@ WEIGHTS = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weight
 
 def bilinear(images_bijc: jax.Array) -> jax.Array:
   """As pytorch-fid: images in [-1, 1] between their next pixels, whatever their size, so that shrinking aliases."""
-  return _resize(images_bijc, _triangle, False, np.float32)
+  return _resize(images_bijc, _between_neighbours)
 
 
 def bicubic_antialias(images_bijc: jax.Array) -> jax.Array:
   """As clean-fid (arXiv 2104.11222): Pillow's bicubic resize without rounding colours, then `x / 128 - 1` of
   [0, 255]."""
-  return _resize(images_bijc, _cubic, True, np.float64) * (127.5 / 128) - 0.5 / 128
+  return _resize(images_bijc, lambda size: bicubic_weights(size, SIDE)) * (127.5 / 128) - 0.5 / 128
 
 
-def _resize(images_bijc: jax.Array, kernel: Callable, antialias: bool, dtype) -> jax.Array:
-  rows, columns = (_weights(size, kernel, antialias, dtype) for size in images_bijc.shape[1:3])
+def _resize(images_bijc: jax.Array, weights: Callable[[int], np.ndarray]) -> jax.Array:
+  rows, columns = map(weights, images_bijc.shape[1:3])
   return jnp.einsum("xi,bijc,yj->bxyc", rows, images_bijc, columns, precision="highest")
 
 
-def _weights(size: int, kernel: Callable, antialias: bool, dtype) -> np.ndarray:
+def _between_neighbours(size: int) -> np.ndarray:
   """`[SIDE, size]`: what each of `size` pixels counts for each of the new ones.
 
-  Places are computed in `dtype`: PyTorch does so in float32, which moves colours by up to 1e-4 at 640 pixels, Pillow
-  in float64. That is why this is not `jax.image.resize`.
+  Places are computed in float32, as PyTorch does, which moves colours by up to 1e-4 at 640 pixels.
   """
-  shrink = np.float64(dtype(size) / SIDE)
-  centres = ((np.arange(SIDE) + 0.5) * shrink - 0.5).astype(dtype)  # rounded once: a fused multiply-add
-  distances = np.abs(centres[:, None] - np.arange(size, dtype=dtype))
-  weights = kernel(distances / max(shrink, 1) if antialias else distances)
+  shrink = np.float64(np.float32(size) / SIDE)
+  centres = ((np.arange(SIDE) + 0.5) * shrink - 0.5).astype(np.float32)  # rounded once: a fused multiply-add
+  weights = np.maximum(1 - np.abs(centres[:, None] - np.arange(size, dtype=np.float32)), 0)
   return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
-def _triangle(x: np.ndarray) -> np.ndarray:
-  return np.maximum(1 - x, 0)
-
-
-def _cubic(x: np.ndarray) -> np.ndarray:
-  """Keys' kernel (IEEE ASSP 29, 1981) with slope -1/2 at 1, of distances."""
-  return np.select([x < 1, x < 2], [(1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2], 0)
 
 
 RESIZES = {"bilinear": bilinear, "bicubic_antialias": bicubic_antialias}

@@ -20,6 +20,7 @@ from flax import nnx
 
 from digzsl_jax import checkpoint, losses, metrics
 from digzsl_jax.data import splits
+from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.models import cdm
 from digzsl_jax.workspace import Workspace, check
 
@@ -40,6 +41,7 @@ class Settings:
     temperature: divides the cosines.
     steps: updates.
     batch: images of one update, drawn with replacement.
+    cache: folder of feature rows of picture files, which runs share; "" for none.
   """
 
   encoder: str
@@ -50,6 +52,7 @@ class Settings:
   batch: int
   learning_rate: float
   weight_decay: float
+  cache: str
 
   def __post_init__(self):
     check(bool(self.encoder), "encoder", self.encoder, f'"{cdm.CLIP}" or the folder of an encoder')
@@ -77,12 +80,19 @@ def encode_task(encode: Callable[[np.ndarray], np.ndarray], task: splits.Task,
   for field in FIELDS:
     if (chosen := getattr(task, field)) is None:
       continue
-    keys = [hashlib.sha256(np.ascontiguousarray(image_ijc)).digest() for image_ijc in chosen.images_nhwc]
+    keys = digests(chosen.images_nhwc)
     new = [row for row, key in enumerate(keys) if key not in known]
     if new:
-      known.update(zip((keys[row] for row in new), encode(chosen.images_nhwc[new])))
+      known.update(zip((keys[row] for row in new), encode(chosen.take(new).images_nhwc)))
     features[f"{task.name}.{field}"] = np.stack([known[key] for key in keys])
   return features
+
+
+def digests(images_nhwc: np.ndarray | Pictures) -> list[bytes]:
+  """What tells an image from others: its bytes, or those of its file."""
+  if isinstance(images_nhwc, Pictures):
+    return [file.digest for file in images_nhwc.files]
+  return [hashlib.sha256(np.ascontiguousarray(image_hwc)).digest() for image_hwc in images_nhwc]
 
 
 def compile_training(graphdef: nnx.GraphDef, settings: Settings) -> Callable:
@@ -137,12 +147,11 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Returns the held-out accuracy on seen classes, in percent, and the last loss, by task and kind."""
-  encoder = ws.cdm_encoder
-  encode, features, known = cdm.batched(encoder), {}, {}
+  encoder, encode, features, known = ws.cdm_encoder, ws.extractor("encoder"), {}, {}
   for task in ws.tasks.values():
     features |= encode_task(encode, task, known)
   checkpoint.write_arrays(folder / "features.safetensors", features)
-  ws.log.say(f"cdm: {len(known)} images encoded")
+  ws.log.say(f"cdm: features of {len(known)} images")
   summary = {}
   for name, task in ws.tasks.items():
     seen, prototypes_kp = list(task.seen), ws.prototypes_kd[list(task.seen)]

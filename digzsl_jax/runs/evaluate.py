@@ -90,7 +90,7 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
   features_nf = test_features(real, task.name)
   embeds_np = features_nf[:, -prototypes_kp.shape[1]:]
   if ws.config["cdm"]["encoder"] != cdm.CLIP:
-    encode = cdm.batched(cdm.Encoder(ws.clip, ws.model_paths["clip"]))
+    encode = ws.extractor("clip")
     images = (task.test_seen.images_nhwc, task.test_unseen.images_nhwc)
     embeds_np = np.concatenate([encode(images_nhwc) for images_nhwc in images])[:, -prototypes_kp.shape[1]:]
   found = {"clip_zero_shot": softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_np @ prototypes_kp.T)}

@@ -232,7 +232,7 @@ def grids(results: Mapping, ws: Workspace, settings: Settings) -> Html:
   for name, label in names.items():
     strips = [strip([images.read_png(folder / path) for path in paths[name][:columns]], columns, source, name,
                     settings.thumbnail) for source, paths in made.items()]
-    real_nhwc = real.images_nhwc[real.labels_n == label][:side * len(made)]
+    real_nhwc = real.images_nhwc[np.flatnonzero(real.labels_n == label)[:side * len(made)]]
     rows.append(tag("article", tag("div", tag("h3", name), agreement_table(per_class.get(name, {}))),
                     tag("div", *strips), strip(real_nhwc, side, "real", name, settings.thumbnail),
                     class_="pair"))

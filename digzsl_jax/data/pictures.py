@@ -1,0 +1,150 @@
+"""Picture files, read when their pixels are needed.
+
+Shapes: n image, h w pixel, c colour channel (RGB).
+"""
+
+import concurrent.futures
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from digzsl_jax import resize
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB\x60\x82"}  # the last bytes of a whole file
+_EDGE = 4096  # bytes of a file's beginning and end that tell it from others
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class File(NamedTuple):
+  """A picture file that was found whole."""
+  path: str
+  digest: bytes  # SHA-256 of size, beginning and end
+
+
+class Pictures:
+  """Picture files in place of a uint8 array `[n, size, size, 3]`: `[rows]` decodes, in several threads.
+
+  A picture of any size and mode is turned as its EXIF orientation says, becomes RGB (transparency is dropped, 16-bit
+  grey is cut to 8), is resized to `size` along its shorter side (bicubic with antialias) and loses what is outside the
+  central square. JPEGs are decoded at full size: a reduced decode changes the result by up to 41 of 255.
+  """
+
+  dtype, ndim = np.dtype(np.uint8), 4
+
+  def __init__(self, folder: os.PathLike, files: Sequence[File], size: int):
+    """`folder` is what the files' paths are relative to."""
+    self.folder, self.files, self.size = pathlib.Path(folder), tuple(files), size
+
+  def __len__(self) -> int:
+    return len(self.files)
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    return len(self), self.size, self.size, 3
+
+  def take(self, rows: np.ndarray | slice) -> "Pictures":
+    """The pictures of `rows`, indices or a mask, without reading them."""
+    return Pictures(self.folder, [self.files[row] for row in np.arange(len(self))[rows]], self.size)
+
+  def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+    """Pixels `[h, w, c]` of a picture, or `[n, h, w, c]` of several.
+
+    Raises:
+      ValueError: a file is missing or damaged.
+    """
+    if np.ndim(chosen := np.arange(len(self))[rows]) == 0:
+      return decode(self.folder / self.files[chosen].path, self.size)
+    pixels_nhwc = np.empty((len(chosen), *self.shape[1:]), np.uint8)
+
+    def fill(place: int, row: int) -> None:
+      pixels_nhwc[place] = decode(self.folder / self.files[row].path, self.size)
+
+    list(_threads().map(fill, range(len(chosen)), chosen))
+    return pixels_nhwc
+
+  @property
+  def fingerprint(self) -> bytes:
+    """SHA-256 of paths, sizes, and the first and last 4096 bytes of every file.
+
+    In a compressed picture a change in the middle moves or alters what follows, so edges and size differ as soon as
+    pixels do; PNG even ends with a checksum.
+    """
+    digest = hashlib.sha256()
+    for path, content in self.files:
+      digest.update(path.encode() + b"\0" + content)
+    return digest.digest()
+
+
+def scan(folder: os.PathLike, paths: Iterable[str]) -> tuple[list[File], dict[str, str]]:
+  """Looks at every file without decoding it where its beginning and end show that it is whole.
+
+  Args:
+    paths: relative to `folder`.
+
+  Returns:
+    the whole files in the order of `paths`, and by path what is wrong with the others.
+  """
+  def look(path: str) -> File | str:
+    try:
+      return File(path, _examine(pathlib.Path(folder) / path))
+    except _UNREADABLE as error:
+      return _reason(error)
+
+  paths = list(paths)
+  found = dict(zip(paths, _threads().map(look, paths)))
+  return ([file for file in found.values() if isinstance(file, File)],
+          {path: wrong for path, wrong in found.items() if isinstance(wrong, str)})
+
+
+def decode(path: os.PathLike, size: int) -> np.ndarray:
+  """Pixels `[size, size, 3]` of a picture file, as `Pictures` says.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
+  try:
+    with Image.open(path) as image:
+      ImageOps.exif_transpose(image, in_place=True)
+      if image.mode.startswith("I;16"):  # which Pillow would clip to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+      image = image.convert("RGB")
+  except _UNREADABLE as error:
+    raise ValueError(f"{path} cannot be read ({_reason(error)}); replace or delete it") from error
+  height, width, top, left = resize.fit(image.height, image.width, size, size)
+  if (width, height) != image.size:
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+  return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _examine(path: pathlib.Path) -> bytes:
+  """Digest of a whole file; raises one of `_UNREADABLE` for another."""
+  with path.open("rb") as file:
+    first = file.read(_EDGE)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - _EDGE))
+    last = file.read()
+    file.seek(0)
+    with Image.open(file) as image:
+      end = _ENDS.get(image.format)
+      if not end or not last.endswith(end):
+        image.load()
+  return hashlib.sha256(b"%d\0" % size + first + last).digest()
+
+
+def _reason(error: Exception) -> str:
+  if isinstance(error, FileNotFoundError):
+    return "there is no such file"
+  return "it is no picture" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+  """Pillow decodes and resizes outside Python's lock, so threads are enough."""
+  return concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "pictures")
