@@ -8,6 +8,7 @@ import functools
 import hashlib
 import pathlib
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -214,7 +215,7 @@ def differences(split: Split) -> list[str]:
   return lines
 
 
-def some(names) -> str:
+def some(names: Iterable[str], most: int = 5) -> str:
   """The first few of many names."""
   names = list(names)
-  return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+  return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

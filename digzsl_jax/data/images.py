@@ -7,9 +7,11 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from digzsl_jax.files import write_atomic
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
 
 def read_png(path: str | os.PathLike) -> np.ndarray:
@@ -23,7 +25,7 @@ def read_png(path: str | os.PathLike) -> np.ndarray:
       return np.array(image.convert("RGB"))
   except FileNotFoundError as error:
     raise ValueError(f"no image file {path}; restore it, or run the stage that makes it again") from error
-  except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+  except UNREADABLE as error:
     raise ValueError(f"{path} is truncated or no image ({error}); delete it and run the stage that makes it "
                      "again, or fetch it again") from error
 

@@ -130,12 +130,12 @@ def _read(folder: os.PathLike, chosen: Mapping[str, tuple[Sequence[str], Sequenc
     parts[part] = splits.LabelledImages(pictures.Pictures(folder, [file_of[paths[row]] for row in kept], size),
                                         np.array(labels, np.int32)[kept])
   if damaged:
-    notes.append(f"left out {len(damaged)} damaged files: {_spell(damaged)}")
+    notes.append(f"left out {len(damaged)} damaged files: {benchmarks.some(damaged, _LISTED)}")
   trained = {file.digest for file in parts["train"].images_nhwc.files}
   twice = [file.path for part in ("test_seen", "test_unseen") for file in parts[part].images_nhwc.files
            if file.digest in trained]
   if twice:
-    notes.append(f"warning: {len(twice)} test pictures are training pictures too: {_spell(twice)}")
+    notes.append(f"warning: {len(twice)} test pictures are training pictures too: {benchmarks.some(twice, _LISTED)}")
   return parts, notes
 
 
@@ -155,7 +155,8 @@ def _class_folders(place: pathlib.Path, root: pathlib.Path) -> tuple[dict[str, l
                        "there or delete it")
   if not found:
     raise ValueError(f"{place} has no class folders; put the pictures of each class in a folder of its name")
-  return found, [f"left out {len(strange)} files that are no pictures by suffix: {_spell(strange)}"] if strange else []
+  listed = benchmarks.some(strange, _LISTED)
+  return found, [f"left out {len(strange)} files that are no pictures by suffix: {listed}"] if strange else []
 
 
 def _check_classes(path: pathlib.Path, listed: Sequence[str], found: Mapping[str, Sequence[str]],
@@ -202,9 +203,3 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _shuffled(paths: Sequence[str], rng: np.random.Generator) -> list[str]:
   return [paths[row] for row in rng.permutation(len(paths))]
-
-
-def _spell(paths: Iterable[str]) -> str:
-  paths = list(paths)
-  more = f" and {len(paths) - _LISTED} more" if len(paths) > _LISTED else ""
-  return ", ".join(paths[:_LISTED]) + more

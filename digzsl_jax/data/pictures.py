@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from digzsl_jax import resize
+from digzsl_jax.data.images import UNREADABLE
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB\x60\x82"}  # the last bytes of a whole file
 _EDGE = 4096  # bytes of a file's beginning and end that tell it from others
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class File(NamedTuple):
@@ -94,7 +94,7 @@ def scan(folder: os.PathLike, paths: Iterable[str]) -> tuple[list[File], dict[st
   def look(path: str) -> File | str:
     try:
       return File(path, _examine(pathlib.Path(folder) / path))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
       return _reason(error)
 
   paths = list(paths)
@@ -115,7 +115,7 @@ def decode(path: os.PathLike, size: int) -> np.ndarray:
       if image.mode.startswith("I;16"):  # which Pillow would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
       image = image.convert("RGB")
-  except _UNREADABLE as error:
+  except UNREADABLE as error:
     raise ValueError(f"{path} cannot be read ({_reason(error)}); replace or delete it") from error
   height, width, top, left = resize.fit(image.height, image.width, size, size)
   if (width, height) != image.size:
@@ -124,7 +124,7 @@ def decode(path: os.PathLike, size: int) -> np.ndarray:
 
 
 def _examine(path: pathlib.Path) -> bytes:
-  """Digest of a whole file; raises one of `_UNREADABLE` for another."""
+  """Digest of a whole file; raises one of `UNREADABLE` for another."""
   with path.open("rb") as file:
     first = file.read(_EDGE)
     size = file.seek(0, os.SEEK_END)
