@@ -67,16 +67,16 @@ def _read_archive(name: str, folder: pathlib.Path, images: image_folders.Images 
     raise ValueError(f"{folder / 'att_splits.mat'} has no numbers {', '.join(missing)}; get it again")
   raw_names_k = _names(name, folder, found)
   labels_n, paths_n = _labels(name, folder, raw_names_k, images)
-  rows = _rows(folder / "att_splits.mat", {field: found[field] for field in fields if field.endswith("_loc")
-                                           and field in found})
+  locs = rows(folder / "att_splits.mat", {field: found[field] for field in fields if field.endswith("_loc")
+                                          and field in found})
   # The published ones of release 1.0 hold all of test_seen_loc; release 2.0 has none.
-  for field in {"train_loc", "val_loc"} & set(rows):
-    rows[field] = np.intersect1d(rows[field], rows["trainval_loc"])
+  for field in {"train_loc", "val_loc"} & set(locs):
+    locs[field] = np.intersect1d(locs[field], locs["trainval_loc"])
   att = found.get("att")
   if att is not None and np.shape(att)[1:] != (len(raw_names_k),):
     raise ValueError(f"{folder / 'att_splits.mat'}: att is {list(np.shape(att))}, but must have a column for each of "
                      f"{len(raw_names_k)} classes")
-  return Split(name=name, raw_names_k=raw_names_k, **_class_lists(name, folder, raw_names_k, validation), **rows,
+  return Split(name=name, raw_names_k=raw_names_k, **_class_lists(name, folder, raw_names_k, validation), **locs,
                labels_n=labels_n, paths_n=paths_n, attributes_ka=None if att is None else att.T.astype(np.float64))
 
 
@@ -143,16 +143,16 @@ def _labels(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], image
   return labels_n, paths_n
 
 
-def _rows(path: pathlib.Path, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rows(path: pathlib.Path, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Ascending rows from 0 of lists that count from 1."""
   if any((numbers < 1).any() for numbers in found.values()):
     raise ValueError(f"{path}: images are counted from 0, but must be counted from 1, as MATLAB does: every row would "
                      "be its neighbour; get the published file")
-  rows = {field: np.sort(numbers.ravel().astype(np.int64)) - 1 for field, numbers in found.items()}
-  for field, rows_r in rows.items():
+  ascending = {field: np.sort(numbers.ravel().astype(np.int64)) - 1 for field, numbers in found.items()}
+  for field, rows_r in ascending.items():
     if not len(rows_r) or (np.diff(rows_r) == 0).any():
       raise ValueError(f"{path}: {field} is empty or repeats an image; get the file again")
-  return rows
+  return ascending
 
 
 def _divide(name: str, folder: pathlib.Path, images: image_folders.Images, validation: int, seed: int) -> Split:

@@ -45,7 +45,8 @@ def benchmark(name: str, *, folder: str, size: int = 224, validation: int = 1, s
             for part, loc in zip(("train", "test_seen", "test_unseen"), limits)}
   parts, notes = _read(folder, chosen, size, skip_damaged)
   return splits.Dataset(name=name.lower(), names=split.names_k, seen=split.seen, unseen=split.unseen,
-                        validation=split.validation, **parts, notes=(benchmarks.summary(split), *notes))
+                        validation=split.validation, **parts, notes=(benchmarks.summary(split), *notes),
+                        attributes_ka=split.attributes_ka)
 
 
 def own(*, folder: str, unseen: str = "unseen.txt", test: str = "", size: int = 224, validation: float = 0.25,
@@ -98,8 +99,8 @@ def own(*, folder: str, unseen: str = "unseen.txt", test: str = "", size: int = 
   parts, more = _read(root, chosen, size, skip_damaged)
   seen = len(names) - len(listed)
   return splits.Dataset(name=root.resolve().name, names=names, seen=tuple(range(seen)),
-                        unseen=tuple(range(seen, len(names))), validation=_validation(seen, validation, seed), **parts,
-                        notes=(*notes, *more))
+                        unseen=tuple(range(seen, len(names))),
+                        validation=splits.draw_validation(seen, validation, seed), **parts, notes=(*notes, *more))
 
 
 def draw(labels_n: np.ndarray, rows: np.ndarray, limit: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -184,15 +185,6 @@ def _check_classes(path: pathlib.Path, listed: Sequence[str], found: Mapping[str
   if len(seen) < 3:
     raise ValueError(f"there are {len(seen)} seen classes, but 3 or more are needed: two to train on while a third "
                      f"plays unseen. Add class folders, or take names off {path}")
-
-
-def _validation(seen: int, validation: float, seed: int) -> tuple[int, ...]:
-  """Labels, drawn, of as many of the first `seen` classes as `validation` says: a number, or a share below 1."""
-  count = max(1, round(seen * validation)) if validation < 1 else int(validation)
-  if validation <= 0 or validation > 1 and count != validation or count > seen - 2:
-    raise ValueError(f"validation is {validation}; it must be a number from 1 to {seen - 2} of the {seen} seen "
-                     "classes, or a share of them below 1 that leaves two to train on")
-  return tuple(sorted(np.random.default_rng(seed).permutation(seen)[:count].tolist()))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
