@@ -7,7 +7,8 @@ They share seen images, initial weights and the number of unseen images, so only
 The test task's are also trained with a half, a quarter and an eighth of the generated images, for T1 against N_gen.
 
 Leaves the folders `<task>_<source>`, with fewer images `test_<source>_<images>`, and `features.safetensors`:
-rows of all generated images under `<task>.<source>`, `[u, m, f]`.
+rows of all generated images under `<task>.<source>`, `[u, m, f]`. A classifier's `config.json` also holds what a later
+user of it needs: "classes", how many of them, the first ones, are "seen", and the "size" of real images in pixels.
 
 Shapes: n real seen image, u unseen class, m image of a class, f feature row, k class (seen, then unseen),
 s source.
@@ -166,7 +167,8 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
     for source, trained, loss in zip(group, models, loss_s):
       name = f"{task.name}_{source}" + ("" if images == settings.images else f"_{images}")
       hub.save(trained, folder / name, dtype=np.float32, config={
-          "columns": used, "hidden": settings.hidden, "classes": classes, "source": source, "images": images})
+          "columns": used, "hidden": settings.hidden, "classes": classes, "seen": len(task.seen), "source": source,
+          "images": images, "size": task.train.images_nhwc.shape[1]})
       summary[name] = {"loss": round(float(loss), 4)}
   return summary
 
