@@ -136,9 +136,10 @@ def expand(given: Sequence[str]) -> list[pathlib.Path]:
   for path in map(pathlib.Path, given):
     if not path.exists():
       raise ValueError(f"there is no file or folder {path}")
-    inside = [path]
-    if path.is_dir():
-      inside = sorted(file for file in path.rglob("[!.]*") if file.is_file() and file.suffix.lower() in pictures.SUFFIXES)
+    if not path.is_dir():
+      found.append(path)
+      continue
+    inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in pictures.SUFFIXES and file.is_file())
     if not inside:
       raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(pictures.SUFFIXES))})")
     found += inside
@@ -189,7 +190,8 @@ def predict(args: argparse.Namespace) -> int:
   logits_nk = run.classifier(encode(run.encoder, read))
   tops = best(np.asarray(logits_nk), run, args.among, run.lam if args.lam is None else args.lam, args.top)
   found = [{"file": str(path), "top": top} for row, (path, top) in enumerate(zip(paths, tops)) if row not in read.wrong]
-  print(json.dumps(found, indent=2) if args.json else table(found))
+  if found or args.json:
+    print(json.dumps(found, indent=2) if args.json else table(found))
   for row in sorted(read.wrong):
     print(f"error: {read.wrong[row]}", file=sys.stderr)
   return 1 if read.wrong else 0

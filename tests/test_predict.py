@@ -10,7 +10,7 @@ from PIL import Image
 from digzsl_jax import checkpoint, files, logs, metrics, predict
 from digzsl_jax import main as command
 from digzsl_jax.data import images
-from digzsl_jax.models import hub
+from digzsl_jax.models import download, hub
 from digzsl_jax.runs import class_tokens, evaluate, generate
 from digzsl_jax.workspace import Workspace
 
@@ -104,30 +104,32 @@ def refused(ask):
   return answer
 
 
-def test_photographs_get_the_probabilities_of_the_evaluation(evaluated, run, ask):
-  paths, scores = evaluated
-  results = files.read_json(run[0] / "results.json")
-  for source, method in evaluate.METHODS.items():
-    if method not in scores.probabilities_nk:
-      continue
-    lam = (results if source == "learned" else results["baselines"][method])["gzsl"]["lambda"]
-    status, out, wrong = ask(*paths, "--json", f"--source={source}", "--top=99")
-    found = json.loads(out)
-    assert status == 0 and not wrong and [entry["file"] for entry in found] == list(map(str, paths))
-    said = []
-    for entry, expected_k in zip(found, scores.probabilities_nk[method]):
-      by_name = {each["class"]: each for each in entry["top"]}
-      np.testing.assert_allclose([by_name[name]["probability"] for name in scores.names_k], expected_k, atol=1e-6)
-      assert [by_name[name]["seen"] for name in scores.names_k] == scores.is_seen_k.tolist()
-      for each in entry["top"]:
-        assert each["score"] == each["probability"] - lam * each["seen"]
-      assert [each["score"] for each in entry["top"]] == sorted((each["score"] for each in entry["top"]), reverse=True)
-      said.append(scores.names_k.index(entry["top"][0]["class"]))
-    np.testing.assert_array_equal(said, metrics.calibrated_predictions(scores.probabilities_nk[method],
-                                                                       scores.is_seen_k, lam))
+@pytest.fixture
+def batches_of_the_run(monkeypatch):
+  """As large as stage cdm has them, for equal bits: XLA sums in another order where a batch has another size."""
+  monkeypatch.setattr(predict.cdm, "streamed", lambda encoder, batch, streamed=predict.cdm.streamed: streamed(encoder))
 
 
-def test_label_spaces_and_lambda(evaluated, ask):
+@pytest.mark.parametrize("source", ["learned", "plain"])
+def test_photographs_get_the_probabilities_of_the_evaluation(source, evaluated, run, ask, batches_of_the_run):
+  (paths, scores), results = evaluated, files.read_json(run[0] / "results.json")
+  method = evaluate.METHODS[source]
+  lam = (results if source == "learned" else results["baselines"][method])["gzsl"]["lambda"]
+  status, out, wrong = ask(*paths, "--json", f"--source={source}", "--top=99")
+  found = json.loads(out)
+  assert status == 0 and not wrong and [entry["file"] for entry in found] == list(map(str, paths))
+  for entry, expected_k in zip(found, scores.probabilities_nk[method]):
+    by_name = {each["class"]: each for each in entry["top"]}
+    np.testing.assert_array_equal([by_name[name]["probability"] for name in scores.names_k], expected_k)
+    assert [by_name[name]["seen"] for name in scores.names_k] == scores.is_seen_k.tolist()
+    score = [each["score"] for each in entry["top"]]
+    assert score == [each["probability"] - lam * each["seen"] for each in entry["top"]]
+    assert score == sorted(score, reverse=True)
+  said = [scores.names_k.index(entry["top"][0]["class"]) for entry in found]
+  assert said == metrics.calibrated_predictions(scores.probabilities_nk[method], scores.is_seen_k, lam).tolist()
+
+
+def test_label_spaces_and_lambda(evaluated, ask, batches_of_the_run):
   paths, scores = evaluated
   probabilities_nk = scores.probabilities_nk["dig_zsl"]
   for among, columns in (("unseen", np.flatnonzero(~scores.is_seen_k)), ("seen", np.flatnonzero(scores.is_seen_k))):
@@ -136,12 +138,12 @@ def test_label_spaces_and_lambda(evaluated, ask):
     assert [entry["top"][0]["class"] for entry in found] == [scores.names_k[k] for k in said_n]
     for entry, row_k in zip(found, probabilities_nk[:, columns]):
       assert all(each["score"] == each["probability"] for each in entry["top"])
-      np.testing.assert_allclose(entry["top"][0]["probability"], row_k.max() / row_k.sum(), atol=1e-6)
+      np.testing.assert_allclose(entry["top"][0]["probability"], row_k.max() / row_k.sum(), atol=1e-12)
       assert sum(each["probability"] for each in entry["top"]) == pytest.approx(1)
-  for lam, is_seen in (("0", None), ("1", False)):
-    for entry, row_k in zip(json.loads(ask(*paths, "--json", f"--lam={lam}")[1]), probabilities_nk):
-      assert entry["top"][0]["class"] == scores.names_k[np.argmax(row_k)] if is_seen is None else (
-          not entry["top"][0]["seen"])
+  for lam in (0, 0.5, 1):
+    said_n = metrics.calibrated_predictions(probabilities_nk, scores.is_seen_k, lam)
+    found = json.loads(ask(*paths, "--json", f"--lam={lam}")[1])
+    assert [entry["top"][0]["class"] for entry in found] == [scores.names_k[k] for k in said_n]
 
 
 def test_one_picture_is_a_small_batch(evaluated, ask, monkeypatch):
@@ -150,7 +152,7 @@ def test_one_picture_is_a_small_batch(evaluated, ask, monkeypatch):
   streamed = predict.cdm.streamed
   monkeypatch.setattr(predict.cdm, "streamed", lambda encoder, batch: asked.append(batch) or streamed(encoder, batch))
   [entry] = json.loads(ask(paths[0], "--json", "--lam=0")[1])
-  assert entry["top"][0]["probability"] == pytest.approx(scores.probabilities_nk["dig_zsl"][0].max(), abs=1e-6)
+  assert entry["top"][0]["probability"] == pytest.approx(scores.probabilities_nk["dig_zsl"][0].max(), abs=1e-5)
   ask(*paths[:5])
   assert asked == [1, 8]
 
@@ -172,6 +174,7 @@ def test_damaged_pictures_are_named_and_the_others_done(run, ask, tmp_path):
   whole = (tmp_path / "emu" / "0.jpg").read_bytes()
   (tmp_path / "emu" / "0.jpg").write_bytes(whole[:len(whole) // 2])
   (tmp_path / "notes.txt").write_text("no picture")
+  assert ask(tmp_path / "notes.txt")[:2] == (1, "")
   status, out, wrong = ask(tmp_path / "emu", tmp_path / "notes.txt", "--json")
   assert status == 1
   assert [line.split(" cannot be read (")[0] for line in wrong] == [
@@ -181,7 +184,7 @@ def test_damaged_pictures_are_named_and_the_others_done(run, ask, tmp_path):
   assert [entry["file"] for entry in kept] == [str(path) for path in sorted((tmp_path / "emu").iterdir())[1:]]
   alone = json.loads(ask(kept[0]["file"], "--json")[1])[0]["top"]
   assert [each["class"] for each in alone] == [each["class"] for each in kept[0]["top"]]
-  np.testing.assert_allclose([each["score"] for each in alone], [each["score"] for each in kept[0]["top"]], atol=1e-6)
+  np.testing.assert_allclose([each["score"] for each in alone], [each["score"] for each in kept[0]["top"]], atol=1e-5)
 
 
 def test_wrong_commands(run, refused, tmp_path):
@@ -235,3 +238,22 @@ def test_an_encoder_that_moved_or_changed(copied, run, ask, refused, tmp_path):
       "logit_scale": weights["logit_scale"] + 1})
   assert f"{tmp_path}/moved, config.models.clip of {copied}/config.json, is not what the" in refused(
       run[1] / "emu", workdir=copied)
+
+
+def test_an_encoder_of_its_own(copied, run, ask, refused, tmp_path):
+  """The run's CLIP under the name of another encoder: the same table."""
+  expected = ask(run[1] / "emu")
+  config = files.read_json(copied / "config.json")
+  folder = shutil.copytree(config["models"]["clip"], tmp_path / "encoder")
+  cdm = config["cdm"] | {"encoder": str(folder), "kind": "mlp"}
+  files.write_json(copied / "config.json", config | {"cdm": cdm, "models": config["models"] | {"clip": "gone"}})
+  record, measured = copied / "classifier" / "inputs.json", copied / "evaluate" / "inputs.json"
+  names = download.files(folder, download.ENCODER)
+  inputs = files.read_json(record)
+  inputs["models"] = {"clip": {"files": "others"}, "encoder": checkpoint.fingerprint_files(folder, names)}
+  files.write_json(record, inputs)
+  stages = files.read_json(measured)["stages"] | {"classifier": checkpoint.fingerprint(inputs)}
+  files.write_json(measured, {"stages": stages})
+  assert ask(run[1] / "emu", workdir=copied) == expected
+  shutil.rmtree(folder)
+  assert f"config.cdm.encoder is '{folder}', but there is no" in refused(run[1] / "emu", workdir=copied)
