@@ -79,6 +79,7 @@ def test_stage_learns_from_each_source_its_own_classes(world, tmp_path):
     assert model(COLOURS[[4, 2]].astype(np.float32)).argmax(-1).tolist() == shown
   config = hub.read_json(tmp_path / "classifier" / "test_real" / "config.json")
   assert config["classes"] == ["yellow", "red", "green", "cyan", "blue"]
+  assert (config["seen"], config["size"]) == (3, 4)
   cached = checkpoint.read_arrays(tmp_path / "classifier" / "features.safetensors")
   assert cached["test.learned"].shape == (2, 5, 3)  # all five, although four train
   np.testing.assert_allclose(cached["test.learned"][0].mean(0), COLOURS[4], atol=10)

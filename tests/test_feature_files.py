@@ -8,7 +8,7 @@ import scipy.io
 from sklearn.metrics import recall_score
 
 from configs import features as features_config
-from digzsl_jax import checkpoint, logs, main
+from digzsl_jax import checkpoint, logs, main, predict
 from digzsl_jax.data import datasets, feature_files
 from digzsl_jax.models import cdm, hub
 from digzsl_jax.models.classifier import Classifier
@@ -185,6 +185,12 @@ def test_damaged_prototypes(tmp_path):
   (tmp_path / "mine.npz").write_bytes(b"PK\3\4 no archive")
   with pytest.raises(ValueError, match="mine.npz cannot be read"):
     feature_files.read_prototypes(tmp_path / "mine.npz", ["a"])
+
+
+def test_new_pictures_cannot_be_classified(finished):
+  _, workdir, _ = finished
+  with pytest.raises(ValueError, match="was trained on features in place of images"):
+    predict.load(workdir)
 
 
 def test_second_start_makes_nothing(finished, capsys):

@@ -46,7 +46,7 @@ def test_a_set_of_templates_counts_by_its_mean(make, monkeypatch, name):
 def test_attributes(make):
   ws = make(prototypes="attributes")
   with pytest.raises(ValueError, match='prototypes is "attributes", but scenes.* has none'):
-    getattr(ws, "prototypes_kd")
+    np.asarray(ws.prototypes_kd)
   attributes_ka = np.random.default_rng(0).normal(size=(len(ws.dataset.names), 5))
   ws.dataset = dataclasses.replace(ws.dataset, attributes_ka=attributes_ka)
   np.testing.assert_allclose(ws.prototypes_kd, attributes_ka / np.linalg.norm(attributes_ka, axis=1, keepdims=True),

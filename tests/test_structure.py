@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "main": {"runs", "workspace", *TOOLS},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
+    "predict": {"runs", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},

@@ -9,7 +9,9 @@ alone.
 The test task's are also trained with a half, a quarter and an eighth of the generated images, for T1 against N_gen.
 
 Leaves the folders `<task>_<source>`, with fewer images `test_<source>_<images>`, and `features.safetensors`:
-rows of all generated images, if there are any, under `<task>.<source>`, `[u, m, f]`.
+rows of all generated images, if there are any, under `<task>.<source>`, `[u, m, f]`. A classifier's `config.json` also
+holds what a later user of it needs: "classes", how many of them, the first ones, are "seen", and the "size" of real
+images in pixels, null where features stand in place of them.
 
 Shapes: n real seen image, u unseen class, m image of a class, f feature row, k class (seen, then unseen),
 s source.
@@ -169,7 +171,8 @@ def train_task(settings: Settings, task: splits.Task, features: dict[str, np.nda
     for source, trained, loss in zip(group, models, loss_s):
       name = f"{task.name}_{source}" + ("" if images == settings.images else f"_{images}")
       hub.save(trained, folder / name, dtype=np.float32, config={
-          "columns": used, "hidden": settings.hidden, "classes": classes, "source": source, "images": images})
+          "columns": used, "hidden": settings.hidden, "classes": classes, "seen": len(task.seen), "source": source,
+          "images": images, "size": task.train.images_nhwc.shape[1] if ws.dataset.has_images else None})
       summary[name] = {"loss": round(float(loss), 4)}
   return summary
 
