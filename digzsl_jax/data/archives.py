@@ -193,19 +193,25 @@ def _positions(raw_names_k: tuple[str, ...], images: image_folders.Images) -> np
 def check(folder: os.PathLike, name: str | None = None) -> bool:
   """Prints what is in a benchmark's folder beside what is published; whether they agree.
 
+  Published are the rows of release 1.0. Those of another release (`benchmarks.other_release`) agree if every image is
+  in a list that its class belongs to, and the classes are as published.
+
   Raises:
     ValueError, OSError: as `load`.
   """
   split = load(folder, name)
   print(benchmarks.summary(split))
   wanted, wrong = PUBLISHED[split.name], benchmarks.differences(split)
+  other = benchmarks.other_release(split)
+  free = "divided here" if split.seed is not None else "not release 1.0" if other else None
   for key, number in benchmarks.counts(split).items():
-    ours = split.seed is not None and key in ("trainval", "test_seen")
-    mark = "divided here" if ours else "ok" if number == wanted[key] else "DIFFERS"
+    mark = free if free and key in ("trainval", "test_seen") else "ok" if number == wanted[key] else "DIFFERS"
     print(f"  {key:<12}{number:>7}  published {wanted[key]:>6}  {mark}")
   print("  lists of classes and of rows are disjoint")  # or `Split` would have refused them
   for what, found in (("labels", split.labels_n), ("image files", split.paths_n), ("attributes", split.attributes_ka)):
     print(f"  {what}: {'none' if found is None else len(found)}")
+  if other:
+    print("  rows: not release 1.0 (other images, no train_loc, no val_loc); the counts of 2.0 are not known here")
   for line in wrong:
     print(f"  DIFFERS  {line}")
   print(f"  fingerprint {benchmarks.fingerprint(split)}")
