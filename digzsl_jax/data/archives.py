@@ -24,7 +24,8 @@ from digzsl_jax.data.benchmarks import LOCS, PUBLISHED, Split
 _HELD_OUT = 5  # one of so many images of a seen class, in our own division
 
 
-def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, seed: int = 0) -> Split:
+def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, seed: int = 0,
+         images: image_folders.Images | None = None) -> Split:
   """The split of a benchmark.
 
   Rows and labels come from `att_splits.mat` and `res101.mat`, for FLO from `att_splits.mat` and Oxford's own files.
@@ -37,6 +38,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
     name: "AWA2", "CUB", "FLO" or "SUN"; None for the folder's own name.
     validation: 1, 2 or 3, the published division of seen classes into training and validation.
     seed: of our own division.
+    images: those of the data set, where it is not in the folder.
 
   Raises:
     ValueError: there is no benchmark, or its files are damaged, contradict each other or count from 0.
@@ -50,7 +52,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
     raise ValueError(f'{folder}: "{name}" is no benchmark; give the name of one, {", ".join(PUBLISHED)}')
   if validation not in (1, 2, 3):
     raise ValueError(f"validation is {validation}: the published divisions are 1, 2 and 3")
-  images, has_rows = image_folders.read(name, folder), (folder / "att_splits.mat").is_file()
+  images, has_rows = images or image_folders.read(name, folder), (folder / "att_splits.mat").is_file()
   if has_rows and (name == "FLO" or not images or (folder / "res101.mat").is_file()):
     return _read_archive(name, folder, images, validation)
   if images:
@@ -136,7 +138,7 @@ def _labels(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], image
   for file, label in zip(paths_n, labels_n.tolist()):
     raw = raw_names_k[label]
     if class_of and file not in class_of:
-      raise ValueError(f"{folder}: {file} of res101.mat is not there; unpack the data set again")
+      raise ValueError(f"{folder}: {file} of res101.mat is not there; unpack or prepare the data set again")
     if not (class_of[file] == raw if class_of else image_folders.same_class(name, file, raw)):
       raise ValueError(f"{path}: {file} is labelled {raw}; labels are rows of allclasses.txt, not the numbers of "
                        "folders, so get both files from one release")
@@ -191,19 +193,25 @@ def _positions(raw_names_k: tuple[str, ...], images: image_folders.Images) -> np
 def check(folder: os.PathLike, name: str | None = None) -> bool:
   """Prints what is in a benchmark's folder beside what is published; whether they agree.
 
+  Published are the rows of release 1.0. Those of another release (`benchmarks.other_release`) agree if every image is
+  in a list that its class belongs to, and the classes are as published.
+
   Raises:
     ValueError, OSError: as `load`.
   """
   split = load(folder, name)
   print(benchmarks.summary(split))
   wanted, wrong = PUBLISHED[split.name], benchmarks.differences(split)
+  other = benchmarks.other_release(split)
+  free = "divided here" if split.seed is not None else "not release 1.0" if other else None
   for key, number in benchmarks.counts(split).items():
-    ours = split.seed is not None and key in ("trainval", "test_seen")
-    mark = "divided here" if ours else "ok" if number == wanted[key] else "DIFFERS"
+    mark = free if free and key in ("trainval", "test_seen") else "ok" if number == wanted[key] else "DIFFERS"
     print(f"  {key:<12}{number:>7}  published {wanted[key]:>6}  {mark}")
   print("  lists of classes and of rows are disjoint")  # or `Split` would have refused them
   for what, found in (("labels", split.labels_n), ("image files", split.paths_n), ("attributes", split.attributes_ka)):
     print(f"  {what}: {'none' if found is None else len(found)}")
+  if other:
+    print("  rows: not release 1.0 (other images, no train_loc, no val_loc); the counts of 2.0 are not known here")
   for line in wrong:
     print(f"  DIFFERS  {line}")
   print(f"  fingerprint {benchmarks.fingerprint(split)}")
