@@ -193,7 +193,7 @@ def test_wrong_commands(run, refused, tmp_path):
   assert f"the folder {tmp_path} holds no pictures (.bmp, " in refused(tmp_path)
   assert "--lam is 1.5; it must be from 0 to 1" in refused(picture, "--lam=1.5")
   assert "--among is 'seen'; it must be all with --lam" in refused(picture, "--lam=0.5", "--among=seen")
-  assert "no classifier 'real'; its data set allows --source=gaussian, learned, plain" in refused(picture, "--source=real")
+  assert "'real'; its data set allows --source=gaussian, learned, plain" in refused(picture, "--source=real")
   assert f"{tmp_path} holds no run: it has no config.json" in refused(picture, workdir=tmp_path)
   files.write_json(tmp_path / "config.json", {"method": "pretrain"})
   assert "belongs to a run of config.method 'pretrain'" in refused(picture, workdir=tmp_path)
