@@ -167,7 +167,9 @@ def counts(split: Split) -> dict[str, int]:
 def summary(split: Split) -> str:
   """One line of counts, for logs."""
   found = counts(split)
-  rows = "rows of att_splits.mat" if split.seed is None else f"seen images divided 80/20 a class by seed {split.seed}"
+  rows = "rows of att_splits.mat"
+  if split.seed is not None:
+    rows = f"seen images divided 80/20 a class by seed {split.seed}, so accuracies do not compare with published ones"
   return (f"{split.name}: {found['seen']} seen classes ({found['validation']} of them for validation), "
           f"{found['unseen']} unseen; trainval {found['trainval']}, test_seen {found['test_seen']}, test_unseen "
           f"{found['test_unseen']} of {found['images']} images; {rows}")

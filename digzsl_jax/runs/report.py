@@ -122,8 +122,8 @@ def header(results: Mapping, ws: Workspace) -> Html:
     found = ordered(files.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
     pairs.append(("Versions", ", ".join(f"{name} {version}" for name, version in found.items())))
   warned = [tag("p", tag("b", "Warning: "), text, class_="alarm") for text in results.get("warnings", ())]
-  return join(tag("header", tag("h1", title(results)), *warned,
-                  tag("p", verdict(results), class_="verdict"), page.facts(pairs)), alarm(results))
+  finding = warned or [tag("p", verdict(results), class_="verdict")]  # not both: the one takes back the other
+  return join(tag("header", tag("h1", title(results)), *finding, page.facts(pairs)), alarm(results))
 
 
 def verdict(results: Mapping) -> str:
