@@ -74,9 +74,9 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
   if not path.exists():
     raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")
   results = files.read_json(path)
-  parts = [header(results, ws), headline(results, settings.published), grids(results, ws, settings),
-           class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws), lambda_curves(results),
-           images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
+  parts = [header(results, ws), headline(results, settings.published, ws.config["tokens"]["guide"]),
+           grids(results, ws, settings), class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws),
+           lambda_curves(results), images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
   text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
   files.write_text(ws.workdir / "report.html", text)
   return {"bytes": len(text)}
@@ -147,12 +147,13 @@ def alarm(results: Mapping) -> Html | None:
              f"{', '.join(falls)}.", class_="alarm")
 
 
-def baseline_rows(baselines: Mapping) -> Iterator[tuple[str | None, str, Mapping]]:
-  """(CSS class, name, entry) of each baseline but plain_sd."""
-  guide = baselines.get("cdm_prototype")  # the same numbers as those of the kind that guides the tokens
+def baseline_rows(baselines: Mapping, guide: str) -> Iterator[tuple[str | None, str, Mapping]]:
+  """(CSS class, name, entry) of each baseline but plain_sd; `guide` is that of the config."""
+  chosen = baselines.get("cdm_prototype")  # the same numbers as those of the kind of head that the config names
   for key, entry in ordered(baselines, BASELINES).items():
     name = BASELINES.get(key, spoken(key))
-    if key.startswith("cdm_prototype_") and entry == guide:
+    of_cdm = key.startswith("cdm_prototype_") and entry == chosen
+    if of_cdm if guide == "cdm" else key == "clip_zero_shot":
       name += " (guides the tokens)"
     if key not in ("plain_sd", "cdm_prototype"):
       yield "real" if key == "real_images" else None, name, entry
@@ -162,7 +163,7 @@ def spoken(key: str) -> str:
   return key.replace("_", " ")
 
 
-def headline(results: Mapping, published: Sequence) -> Html:
+def headline(results: Mapping, published: Sequence, guide: str) -> Html:
   """The table of results: ours, plain, difference, baselines, oracle, published."""
   generated, plain = results.get("generated", {}), baseline(results, "plain_sd")
   agreements = [key for key in AGREEMENTS if page.known(generated.get(key))]
@@ -177,7 +178,7 @@ def headline(results: Mapping, published: Sequence) -> Html:
     base = scores(plain) | {key: generated.get(f"plain_sd_{key}") for key in agreements}
     changes = ("" if key == "lambda" else page.change(ours[key], base[key]) for key in columns)
     rows += [row("plain", PLAIN, base), ("delta", ["Difference in points", *changes])]
-  baselines = baseline_rows(results.get("baselines", {}))
+  baselines = baseline_rows(results.get("baselines", {}), guide)
   rows += [row(kind, name, scores(entry)) for kind, name, entry in baselines]
   rows += [row("oracle", f"{name.split(',')[0]}, oracle \u03bb", scores(entry, "gzsl_oracle"))
            for name, entry in ((OURS, results), (PLAIN, plain)) if "gzsl_oracle" in entry]
@@ -189,7 +190,7 @@ def headline(results: Mapping, published: Sequence) -> Html:
     tag("p", "All in percent. T1: mean per-class accuracy among the unseen classes. U and S: that of unseen "
         "and of seen test pictures among all classes; H: their harmonic mean; \u03bb: the calibration, "
         "chosen on validation classes. CDM and Judge: generated pictures recognised as their class, by the "
-        "guide and a classifier that never guides, exactly or up to words that captions mix up. Bounds, "
+        "CDM and a classifier that never guides, exactly or up to words that captions mix up. Bounds, "
         "not results: \u201creal images\u201d trains the same classifier on real pictures of the unseen "
         "classes, and an oracle row chooses \u03bb on the test pictures.", class_="note"))
 
@@ -293,7 +294,7 @@ def loss_curves(ws: Workspace) -> Html | None:
   if "validation" in panels:
     panels["validation"] = tag("details", tag("summary", "Validation classes"), panels["validation"])
   keys = page.legend(("learned", "loss (numbers on the axis)"),
-                     ("other", "CDM accuracy, bottom 0, top 100 %"), ("real", "step whose token is kept"))
+                     ("other", "the guide's accuracy, bottom 0, top 100 %"), ("real", "step whose token is kept"))
   return page.section(
     "losses", "Token learning", "One panel per class, those of a task on one axis: a falling line and a rising thin "
     "one mean that the token leads the generator to the class, a flat pair that it never did.", keys,
@@ -301,7 +302,7 @@ def loss_curves(ws: Workspace) -> Html | None:
 
 
 def loss_panel(name: str, curve: Mapping, limit: float) -> Html:
-  """Loss of one class up to `limit`, CDM accuracy, and the step whose token is kept."""
+  """Loss of one class up to `limit`, the guide's accuracy, and the step whose token is kept."""
   loss, accuracy, kept = curve["loss"], curve.get("accuracy", []), curve.get("best_step")
   axes = page.Axes(230, 120, (0, max(len(loss) - 1, 1)), (0, limit), (28, 8, 6, 18))
   share = dataclasses.replace(axes, y_range=(0, 1))
