@@ -338,18 +338,10 @@ def lambda_panel(title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
     if (gzsl in entry or name == "chosen") and page.known(found["lambda"]) and xs[0] <= found["lambda"] <= xs[-1]:
       text = f"{name} {found['lambda']:.3g}, H {page.number(found['H'])}"
       parts.append(axes.vertical(found["lambda"], kind, text, lift))
-  lines = {name.lower(): (f"{name} ", [point.get(name) for point in points]) for name in "USH"
+  lines = {name.lower(): (f"{name} ", xs, [point.get(name) for point in points]) for name in "USH"
            if page.known(points[-1].get(name))}
   return tag("figure", tag("h3", title),
-             axes.svg(f"{title}: U, S, H against \u03bb", *parts, ended_curves(axes, xs, lines)))
-
-
-def ended_curves(axes: page.Axes, xs: Sequence[float], lines: Mapping[str, tuple[str, Sequence]]) -> Html:
-  """A curve for each CSS class, at its end what it is called and its last value, none over another."""
-  heights = page.spread([axes.y(ys[-1]) + 4 for _, ys in lines.values()], 13)
-  return join(*(join(axes.curve(xs, ys, kind), tag("text", f"{name}{ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height,
-                                                   class_=f"value {kind}"))
-                for (kind, (name, ys)), height in zip(lines.items(), heights)))
+             axes.svg(f"{title}: U, S, H against \u03bb", *parts, page.ended_curves(axes, lines)))
 
 
 def images_curve(results: Mapping) -> Html | None:
@@ -359,13 +351,13 @@ def images_curve(results: Mapping) -> Html | None:
     return None
   counts = [point["images"] for point in next(iter(found.values()))]  # the same for every source
   axes = page.Axes(500, 290, (0, counts[-1]), (0, 100), (34, 62, 20, 34))
-  lines = {source: ("", [point["T1"] for point in points]) for source, points in found.items()}
+  lines = {source: ("", counts, [point["T1"] for point in points]) for source, points in found.items()}
   return page.section(
     "images-curve", "Number of generated images", "T1 of classifiers trained with fewer generated images of each "
     "unseen class: where a line is flat, more of the same images would not help.",
     page.legend(*((source, SOURCES[source]) for source in found)),
     tag("figure", axes.svg("T1 against generated images", axes.frame("generated images of a class"),
-                           ended_curves(axes, counts, lines))))
+                           page.ended_curves(axes, lines))))
 
 
 def duration(seconds: float) -> str:
