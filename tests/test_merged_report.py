@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from digzsl_jax import files, merged_runs, report
+from digzsl_jax import files, merged_runs, report, report_page
 
 
 def write_run(folder, t1, *, seed=0, dataset="scenes", changes=(), **extra):
@@ -207,3 +207,14 @@ def test_spread_is_that_of_numpy():
 def test_short_names():
   assert merged_runs.short_names(["seed", "a.seed", "a.b", "c.d.b"]) == {
       "seed": "seed", "a.seed": "a.seed", "a.b": "a.b", "c.d.b": "d.b"}
+
+
+def test_bands_and_strokes_stay_in_the_plot():
+  axes = report_page.Axes(100, 100, (0, 1), (0, 100), (0, 0, 0, 0))
+  assert 'points="0,10 100,0 100,50 0,30"' in axes.band([0, 1], [70, 50], [90, 120], "learned")
+  assert 'y1="100.0" y2="70.0"' in axes.measurement(0.5, 10, 20, "learned", "T1")
+
+
+def test_axes_reach_the_tens_around_what_is_drawn():
+  assert report.percent_range([{1: [42.0, 48.0]}, {2: [71.0]}]) == (40, 80)
+  assert report.percent_range([{1: [0.0, 8.0], 2: [99.5]}]) == (0, 100)
