@@ -74,7 +74,10 @@ svg .ink { fill: var(--ink); }
 svg .value { fill: var(--c); font-weight: 600; }
 .merged { margin-top: 1.1rem; }
 .merged table { font-size: .88rem; }
-.merged thead th { white-space: normal; min-width: 5.4em; vertical-align: bottom; }
+.merged th { white-space: normal; }
+.merged thead th { min-width: 5.2em; }
+.merged tbody th { min-width: 13em; }
+.merged :is(th, td) { padding: .3rem .4rem; vertical-align: bottom; }
 .grid { stroke: var(--line); }
 .band { fill: var(--c); opacity: .16; }
 .curve { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
