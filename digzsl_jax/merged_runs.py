@@ -202,6 +202,14 @@ def labelled(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str
   return [stated(label) or "as configured" for label in labels], usual
 
 
+def remarks(groups: Sequence[Group], usual: Mapping[str, Any]) -> list[str]:
+  """What a reader of a table has to know beside it."""
+  said = [f"Where a row does not say otherwise: {stated(usual)}."] if usual else []
+  if len({frozenset(run.seed for run in one.runs) for one in groups}) > 1:
+    said.append("Rows are of different seeds, so part of what differs between them is chance: see each run.")
+  return said
+
+
 def stated(settings: Mapping[str, Any]) -> str:
   return ", ".join(f"{name}={value}" for name, value in settings.items())
 

@@ -165,8 +165,7 @@ def tables(groups: Sequence[Group], usual: Mapping[str, Any]) -> Html:
   for title, columns in merged_runs.measured(every).items():
     rows = [(None, [one.label, str(len(one.runs)), *merged_runs.cells(one.runs, columns)]) for one in groups]
     parts.append(tag("div", tag("h3", title), page.table(["settings", "runs", *columns], rows), class_="merged"))
-  if usual:
-    parts.append(tag("p", f"Where a row does not say otherwise: {merged_runs.stated(usual)}.", class_="note"))
+  parts += [tag("p", remark, class_="note") for remark in merged_runs.remarks(groups, usual)]
   return page.section(
     "tables", "Results", "Mean \u00b1 sample standard deviation over seeds. Plain Stable Diffusion is the ablation "
     "without learnt tokens, on the same noise.", *parts, run_rows(groups),
@@ -197,8 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   datasets = merged_runs.group(runs)
   for dataset, (groups, usual) in datasets.items():
     print(f"{dataset}\n\n{merged_runs.markdown(groups)}\n")
-    if usual:
-      print(f"Where a row does not say otherwise: {merged_runs.stated(usual)}\n")
+    for remark in merged_runs.remarks(groups, usual):
+      print(f"{remark}\n")
   if runs:
     out = options.out or options.folders[0] / "merged_report.html"
     files.write_text(out, render(datasets))

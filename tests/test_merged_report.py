@@ -50,7 +50,8 @@ def test_seeds_are_averaged_and_the_rest_grouped(tmp_path, capsys):
   assert found["gradient=x0"]["runs"] == "3" and found["gradient=x0"]["T1"] == expected == "61.3 \u00b1 11.5"
   assert found["gradient=x0"]["oracle H"] == "72.3 \u00b1 11.5" and found["gradient=last"]["T1"] == "40.0"
   assert found["gradient=last"] == {"runs": "1", "T1": "40.0", "H": "50.0", "oracle H": "51.0", "plain SD T1": "30.0"}
-  assert (tmp_path / "merged_report.html").is_file()
+  assert "Rows are of different seeds" in out
+  assert "Rows are of different seeds" in (tmp_path / "merged_report.html").read_text()
 
 
 def test_what_no_result_depends_on_makes_no_group(tmp_path, capsys):
@@ -70,7 +71,8 @@ def test_labels_name_what_is_unusual_in_as_few_words_as_tell_fields_apart(tmp_pa
   # tokens.images=3 is that of half the groups, not of more.
   assert list(rows(out)) == ["tokens.images=3", "guide=clip, tokens.images=3", "tokens.images=6",
                              "cdm.steps=5, tokens.images=1"]
-  assert "Where a row does not say otherwise: cdm.steps=600, guide=cdm\n" in out
+  assert "Where a row does not say otherwise: cdm.steps=600, guide=cdm.\n" in out
+  assert "different seeds" not in out
 
 
 def test_data_sets_have_tables_of_their_own(tmp_path, capsys):
