@@ -12,6 +12,8 @@ from configs import base
 
 def get_config():
   config = base.benchmark("flo", "data/FLO")
+  with config.unlocked():
+    config.data.update(source="files", data_dir="")  # or "tfds", and where it keeps its data
   config.report.published = (  # method, T1, U, S, H; the lower rows as in the README of SDGZSL
       ("DIG-ZSL", 70.9, None, None, 81.7),
       ("f-VAEGAN-D2", 67.7, 56.8, 74.9, 64.6),

@@ -1,10 +1,11 @@
 """What every command line of the package does before its work and with a user's mistake."""
 
+import argparse
 import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -26,3 +27,12 @@ def answer_in_one_line(hint: str) -> Iterator[None]:
     if os.environ.get("DIGZSL_TRACEBACK"):
       raise
     sys.exit(f"error: {error}\n(set DIGZSL_TRACEBACK=1 for the traceback; {hint})")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+  """For argparse: an integer that is not below `least`."""
+  def number(text: str) -> int:
+    if (value := int(text)) < least:
+      raise argparse.ArgumentTypeError(f"{value} is below {least}")
+    return value
+  return number

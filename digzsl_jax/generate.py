@@ -210,27 +210,18 @@ def parser() -> argparse.ArgumentParser:
   add("--prompts", help="text file with a prompt in every line")
   add("--tokens", action="append", default=[], help="file of learnt tokens that prompts contain; several times")
   add("--negative", default="", help="what guidance leads away from")
-  add("--seed", type=at_least(0), default=0, help="of every prompt's first image; the next ones count up")
-  add("--images", type=at_least(1), default=1, help="for every prompt")
-  add("--batch", type=at_least(1), default=1, help="images that each device paints at once")
-  add("--steps", type=at_least(1), default=25, help="of the sampler")
+  add("--seed", type=cli.at_least(0), default=0, help="of every prompt's first image; the next ones count up")
+  add("--images", type=cli.at_least(1), default=1, help="for every prompt")
+  add("--batch", type=cli.at_least(1), default=1, help="images that each device paints at once")
+  add("--steps", type=cli.at_least(1), default=25, help="of the sampler")
   add("--sampler", default="", help='as "dpm++" or "euler_karras"; empty for the checkpoint\'s own')
   add("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1, as SD-Turbo wants it, is off")
   add("--guidance_rescale", type=float, default=0.0, help="phi of arXiv 2305.08891, section 3.4")
-  add("--height", type=at_least(1), help="in pixels; by default what the checkpoint was trained on")
-  add("--width", type=at_least(1), help="in pixels; by default what the checkpoint was trained on")
+  add("--height", type=cli.at_least(1), help="in pixels; by default what the checkpoint was trained on")
+  add("--width", type=cli.at_least(1), help="in pixels; by default what the checkpoint was trained on")
   add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation")
   add("--vae", help="folder of another autoencoder, as TAESD's")
   return new
-
-
-def at_least(least: int):
-  """For argparse: an integer that is not below `least`."""
-  def number(text: str) -> int:
-    if (value := int(text)) < least:
-      raise argparse.ArgumentTypeError(f"{value} is below {least}")
-    return value
-  return number
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Command line: `python -m digzsl_jax.main --config=configs/quickstart.py --workdir=DIR [--config.x.y=z]`."""
 
 import functools
+import itertools
 import pathlib
 import sys
 
@@ -14,6 +15,7 @@ from digzsl_jax.workspace import Workspace, parse
 
 STAGES = {"cdm": cdm, "tokens": class_tokens, "generate": generate, "classifier": classifier, "evaluate": evaluate,
           "report": report}
+OF_IMAGES = {"tokens", "generate"}  # the stages that a data set of features does without
 SHARED = {"method", "seed", "stages", "data", "models", "mesh"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment; its fields are overridden by dots.")
@@ -34,7 +36,13 @@ def dig_zsl(config: dict, workdir: pathlib.Path, log: logs.Log, dry_run: bool) -
   asked = {name: STAGES[name] for name in checkpoint.choose(config["stages"], STAGES)}
   settings = {name: parse(module.Settings, config[name], name) for name, module in STAGES.items()}
   ws = Workspace(config, workdir, log)
-  stages = {name: ws.stage(name, module.NEEDS, module.MODELS) for name, module in STAGES.items()}
+  if not ws.dataset.has_images and (wrong := sorted(OF_IMAGES & set(asked))):
+    raise ValueError(f"config.stages: {wrong} make or compare images, but the data set has features in place of "
+                     f"images; choose among {[name for name in STAGES if name not in OF_IMAGES]}")
+  ws.check_models(itertools.chain(*(module.MODELS for module in asked.values())))
+  needs = {name: module.NEEDS if ws.dataset.has_images else tuple(n for n in module.NEEDS if n not in OF_IMAGES)
+           for name, module in STAGES.items()}
+  stages = {name: ws.stage(name, needs[name], module.MODELS) for name, module in STAGES.items()}
   for name, module in asked.items():
     try:
       getattr(module, "validate", lambda *_: None)(settings[name], ws)
@@ -43,7 +51,7 @@ def dig_zsl(config: dict, workdir: pathlib.Path, log: logs.Log, dry_run: bool) -
   if dry_run:
     print_costs(asked, settings, ws)
     return
-  checkpoint.claim(stages, {name: module.NEEDS for name, module in STAGES.items()}, asked)
+  checkpoint.claim(stages, needs, asked)
   logs.write_provenance(workdir, config)
   for name, module in asked.items():
     if stages[name].done and getattr(module, "complete", lambda *_: True)(ws, stages[name].folder):

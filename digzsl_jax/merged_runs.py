@@ -46,6 +46,8 @@ PARTS = {  # title: {column: path in results.json}
         "MLP CDM prototype H": "baselines.cdm_prototype_mlp.gzsl.H",
         "CLIP zero-shot T1": "baselines.clip_zero_shot.czsl.T1",
         "CLIP zero-shot H": "baselines.clip_zero_shot.gzsl.H",
+        "Gaussian features T1": "baselines.gaussian_features.czsl.T1",
+        "Gaussian features H": "baselines.gaussian_features.gzsl.H",
         "real images T1": "baselines.real_images.czsl.T1",
         "real images H": "baselines.real_images.gzsl.H",
     },
@@ -59,7 +61,7 @@ class Run:
   Attributes:
     folder: its working directory.
     seed: of its config.
-    fields: the other fields of its config, by dotted name.
+    fields: the other fields of its config, by dotted name; `method` is the one that heads its results.
     results: what stage evaluate measured.
   """
 
@@ -131,7 +133,7 @@ def read(folder: pathlib.Path) -> Run | None:
                        "run it again in another folder")
   fields = {name: value for name, value in flat(config).items()
             if name not in NOT_COMPARED and name.partition(".")[0] not in NOT_COMPARED}
-  return Run(folder, config["seed"], fields, results)
+  return Run(folder, config["seed"], fields | {"method": results.get("method", "dig_zsl")}, results)
 
 
 def collect(folders: Iterable[pathlib.Path]) -> tuple[list[Run], list[str]]:
@@ -207,7 +209,8 @@ def remarks(groups: Sequence[Group], usual: Mapping[str, Any]) -> list[str]:
   said = [f"Where a row does not say otherwise: {stated(usual)}."] if usual else []
   if len({frozenset(run.seed for run in one.runs) for one in groups}) > 1:
     said.append("Rows are of different seeds, so part of what differs between them is chance: see each run.")
-  return said
+  warnings = (entry(run.results, "warnings") or [] for one in groups for run in one.runs)
+  return said + list(dict.fromkeys(str(warning) for of_run in warnings for warning in of_run))
 
 
 def stated(settings: Mapping[str, Any]) -> str:

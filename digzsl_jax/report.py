@@ -179,11 +179,11 @@ def render(datasets: Mapping[str, tuple[list[Group], dict[str, Any]]]) -> str:
   """The page: for each data set the tables and curves of its groups."""
   body = []
   for dataset, (groups, usual) in datasets.items():
-    body += [tag("header", tag("h1", f"DIG-ZSL on {dataset}"), page.facts([
+    body += [tag("header", tag("h1", f"Runs on {dataset}"), page.facts([
         ("Settings compared", len(groups)), ("Runs", sum(len(one.runs) for one in groups)),
         ("Seeds", ", ".join(map(str, sorted({run.seed for one in groups for run in one.runs}))))])),
         tables(groups, usual), sensitivity_panels(groups), images_curves(groups), lambda_curves(groups)]
-  return page.page("DIG-ZSL, runs side by side", *body)
+  return page.page("Runs side by side", *body)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

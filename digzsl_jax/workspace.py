@@ -1,12 +1,13 @@
 """What the stages of one run share: its data, frozen models, mesh, log and the folders of other stages.
 
-Shapes: k class, d embedding, l position, n vector of a class token.
+Shapes: k class, t template, d embedding, l position, n vector of a class token.
 """
 
 import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, features, losses, mesh
-from digzsl_jax.data import datasets, prompts, splits, textual_inversion, tokenizer
+from digzsl_jax.data import datasets, feature_files, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, clip, download, hub, judge, layers, stable_diffusion
 
@@ -23,6 +24,8 @@ T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
 PLACES = {("cdm", "cache")}  # fields that no result depends on
 TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
+PROTOTYPES = ("text", "attributes")
+TEXTS = 256  # prompts that are encoded at once
 WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
@@ -79,7 +82,9 @@ class ModelSettings:
     vae: another autoencoder for it, or "" for its own.
     judge: judge, or "" for none.
     dtype: of the computation of CLIP, Stable Diffusion and encoder: "float32", "bfloat16" or "mixed" (`layers.types`).
-    prototype_template: prompt of the class prototypes, with `{name}`.
+    prototypes: what stands for a class in CDM and tokens: "text" (CLIP's embedding of its name), "attributes" (the data
+      set's), or an .npz file (`feature_files.read_prototypes`).
+    prototype_template: prompt of "text", with `{name}`, or the name of a set of `prompts.TEMPLATES`, whose mean counts.
   """
 
   clip: str
@@ -87,11 +92,14 @@ class ModelSettings:
   vae: str
   judge: str
   dtype: str
+  prototypes: str
   prototype_template: str
 
   def __post_init__(self):
     check(self.dtype in layers.DTYPES, "dtype", self.dtype, f"one of {layers.DTYPES}")
-    prompts.check_template(self.prototype_template, field="prototype_template")
+    check(self.prototypes in PROTOTYPES or self.prototypes.endswith(".npz"), "prototypes", self.prototypes,
+          f"one of {PROTOTYPES} or an .npz file")
+    prompts.templates(self.prototype_template, field="prototype_template")
 
 
 @dataclasses.dataclass
@@ -135,13 +143,26 @@ class Workspace:
   def models(self) -> ModelSettings:
     return parse(ModelSettings, self.config["models"], "models")
 
-  @functools.cached_property
-  def model_paths(self) -> dict[str, pathlib.Path]:
-    """Of every checkpoint that the config names, fetched if need be; "encoder" is the CDM's, if it is not CLIP."""
+  @property
+  def model_names(self) -> dict[str, str]:
+    """Field and value of every checkpoint that the config names; "cdm.encoder" only if it is not the run's CLIP."""
     encoder = self.config["cdm"]["encoder"]
     names = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "vae", "judge")}
     names["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
-    return {field.rpartition(".")[2]: resolve(name, field) for field, name in names.items() if name}
+    return {field: name for field, name in names.items() if name}
+
+  @functools.cached_property
+  def model_paths(self) -> dict[str, pathlib.Path]:
+    """Of every checkpoint that the config names, by the last word of its field; fetched if need be."""
+    return {field.rpartition(".")[2]: resolve(name, field) for field, name in self.model_names.items()}
+
+  def check_models(self, needed: Iterable[str]) -> None:
+    """Raises ValueError if CLIP or Stable Diffusion is needed and the config names none."""
+    texts = self.dataset.has_images or self.models.prototypes == "text"
+    for name in {"sd"} & set(needed) | ({"clip"} if texts else set()):
+      if not getattr(self.models, name):
+        raise ValueError(f"config.models.{name} is empty; these stages need a checkpoint there" + (
+            ', or config.models.prototypes other than "text"' if not self.dataset.has_images else ""))
 
   @functools.cached_property
   def model_fingerprints(self) -> dict[str, Any]:
@@ -155,8 +176,12 @@ class Workspace:
     if vae := found.pop("vae"):  # part of what stages know as "sd"
       found["sd"] = {"files": found["sd"], "vae": vae}
     start = self.initial_file and checkpoint.fingerprint_file(self.initial_file)
-    return found | {"clip": {"files": found["clip"], "prototypes": self.models.prototype_template},
-                    "initial_file": start}
+    texts = prompts.templates(self.models.prototype_template, field="prototype_template")
+    prototypes = {"text": texts, "attributes": "attributes"}.get(self.models.prototypes)
+    if prototypes is None:
+      feature_files.read_prototypes(self.models.prototypes, self.dataset.names)  # raises before anything is made
+      prototypes = checkpoint.fingerprint_file(pathlib.Path(self.models.prototypes).expanduser())
+    return found | {"clip": {"files": found["clip"], "texts": texts, "prototypes": prototypes}, "initial_file": start}
 
   @functools.cached_property
   def data_fingerprint(self) -> str:
@@ -270,10 +295,10 @@ class Workspace:
 
   @property
   def modules(self) -> dict[str, nnx.Module]:
-    """Every frozen model and the CDM's head, for the parameter table."""
-    sd = self.sd
-    found = {"clip": self.clip, "cdm": self.new_cdm_head(), "sd.text_encoder": sd.text_encoder, "sd.unet": sd.unet,
-             "sd.vae": sd.vae}
+    """Every frozen model of the config and the CDM's head, for the parameter table."""
+    found = {"cdm": self.new_cdm_head()} | ({"clip": self.clip} if "clip" in self.model_paths else {})
+    if "sd" in self.model_paths:
+      found |= {f"sd.{part}": getattr(self.sd, part) for part in ("text_encoder", "unet", "vae")}
     return found | ({"judge": self.judge[0]} if self.judge else {})
 
   @functools.cached_property
@@ -311,11 +336,22 @@ class Workspace:
     cache = self.config["cdm"]["cache"]
     return features.Extractor(cdm.streamed(encoder), key, pathlib.Path(cache).expanduser() if cache else None, self.log)
 
+  def abstract_features(self, labelled: splits.Labelled) -> jax.ShapeDtypeStruct:
+    """Shape of the feature rows of a part of the data set, without computing any."""
+    if isinstance(labelled, splits.LabelledFeatures):
+      return jax.ShapeDtypeStruct(labelled.features_nf.shape, np.float32)
+    return jax.eval_shape(self.cdm_encoder, jax.ShapeDtypeStruct(labelled.images_nhwc.shape, np.float32))
+
   def new_cdm_head(self) -> cdm.Head:
     """An untrained head of the kind that guides tokens."""
     section = self.config["cdm"]
-    return cdm.Head(section["kind"], self.cdm_encoder.width, section["hidden"], self.prototypes_kd.shape[1],
+    return cdm.Head(section["kind"], self.pooled_width, section["hidden"], self.prototypes_kd.shape[1],
                     rngs=nnx.Rngs(self.seed))
+
+  @property
+  def pooled_width(self) -> int:
+    """Of the pooled part of a feature row, which is all of a row that came with the data set."""
+    return self.cdm_encoder.width if self.dataset.has_images else self.dataset.train.features_nf.shape[1]
 
   def cdm_head(self, task: str) -> pathlib.Path:
     """The folder of a task's trained head, of the kind that guides tokens."""
@@ -323,8 +359,35 @@ class Workspace:
 
   @functools.cached_property
   def prototypes_kd(self) -> np.ndarray:
-    """Unit CLIP text embeddings of all class names, rows in the order of `dataset.names`."""
-    texts = [prompts.prompt(self.models.prototype_template, name) for name in self.dataset.names]
+    """What stands for the classes, unit vectors in the order of `dataset.names`.
+
+    Raises:
+      ValueError: the data set has no attributes, or the file has no vector for a class.
+    """
+    if (source := self.models.prototypes) == "text":
+      return self.text_prototypes_kd
+    if source == "attributes" and (found_kd := self.dataset.attributes_ka) is None:
+      raise ValueError(f'config.models.prototypes is "attributes", but {self.dataset.name} has none; use "text" or an '
+                       ".npz file")
+    if source != "attributes":
+      found_kd = feature_files.read_prototypes(source, self.dataset.names)
+    return (found_kd / np.linalg.norm(found_kd, axis=1, keepdims=True)).astype(np.float32)
+
+  @functools.cached_property
+  def text_prototypes_kd(self) -> np.ndarray:
+    """Unit CLIP text embeddings of all class names, the mean of all templates, in the order of `dataset.names`."""
+    templates = prompts.templates(self.models.prototype_template, field="prototype_template")
+    texts = list(itertools.chain(*prompts.expand(templates, self.dataset.names)))
     graphdef, params = nnx.split(self.clip)
     encode = jax.jit(lambda params, ids: losses.normalise(nnx.merge(graphdef, params).encode_text(ids)[0]))
-    return np.asarray(encode(params, jnp.asarray(self.clip_tokenizer(texts))))
+    size, rows = min(len(texts), TEXTS), []
+    with self.log.progress(len(texts), "class prototypes") as bar:
+      for start in range(0, len(texts), size):
+        batch = texts[start:start + size]
+        filled = batch + batch[-1:] * (size - len(batch))  # one shape, one compilation
+        rows.append(np.asarray(encode(params, jnp.asarray(self.clip_tokenizer(filled))))[:len(batch)])
+        bar.update(len(batch))
+    embeds_ktd = np.concatenate(rows).reshape(len(self.dataset.names), len(templates), -1)
+    if len(templates) == 1:
+      return embeds_ktd[:, 0]
+    return np.asarray(losses.normalise(embeds_ktd.mean(1)))

@@ -59,6 +59,47 @@ def test_other_counts_fail(tmp_path, capsys):
   assert status == 1 and "class names: not in the published order" in said
 
 
+def other_rows(folder, held_out=1764, **changes):
+  """An archive with labels whose rows fit them, but are not the published ones."""
+  classes, numbers = list(benchmarks.published_classes("CUB")), benchmarks.PUBLISHED["CUB"]
+  unseen_k = np.array([benchmarks.published_classes("CUB")[raw] == "unseen" for raw in classes])
+  labels_n = np.concatenate([np.resize(np.flatnonzero(unseen_k), numbers["test_unseen"]),
+                             np.resize(np.flatnonzero(~unseen_k), numbers["images"] - numbers["test_unseen"])])
+  unseen_r, test_r, train_r = np.split(np.arange(len(labels_n)) + 1, np.cumsum([numbers["test_unseen"], held_out]))
+  rows = {"trainval_loc": train_r[:, None], "test_seen_loc": test_r[:, None], "test_unseen_loc": unseen_r[:, None]}
+  return write(folder / "CUB", {"att": np.ones((3, len(classes))), **rows, **changes},
+               {"labels": labels_n[:, None] + 1}, {"allclasses.txt": classes})
+
+
+@pytest.mark.parametrize("held_out", [1764, 1500])
+def test_archives_of_another_release(tmp_path, capsys, held_out):
+  """Without train_loc and val_loc, as release 2.0, what can be checked is; with them the rows must be release 1.0's."""
+  folder = other_rows(tmp_path, held_out)
+  status, said = run(capsys, folder)
+  assert status == 0 and said.count(" not release 1.0\n") == 2 and said.count(" ok\n") == 5 and "DIFFERS" not in said
+  assert "rows: not release 1.0 (other images, no train_loc, no val_loc); the counts of 2.0 are not known" in said
+  everything = np.arange(1, 11789)[:, None]
+  other_rows(tmp_path, held_out, train_loc=everything[4000:], val_loc=everything[:4000])
+  status, said = run(capsys, folder)
+  assert status == 1 and "not release 1.0" not in said
+  assert ("rows: their numbers are as published, but" if held_out == 1764 else "DIFFERS  test_seen: 1500") in said
+
+
+def test_other_releases_that_are_damaged_fail(tmp_path, capsys):
+  folder = other_rows(tmp_path)
+  rows = scipy.io.loadmat(folder / "att_splits.mat")
+  other_rows(tmp_path, trainval_loc=rows["trainval_loc"][1:])
+  status, said = run(capsys, folder)
+  assert status == 1 and "DIFFERS  trainval + test_seen: 8820, published 8821" in said
+  other_rows(tmp_path, test_unseen_loc=rows["test_unseen_loc"][1:])
+  status, said = run(capsys, folder)
+  assert status == 1 and "DIFFERS  test_unseen: 2966, published 2967" in said
+  other_rows(tmp_path)
+  (folder / "valclasses1.txt").write_text("002.Laysan_Albatross\n")
+  status, said = run(capsys, folder)
+  assert status == 1 and "DIFFERS  validation: 1, published 50" in said
+
+
 def test_module_runs(tmp_path):
   """In a process of its own, a wrong folder ends it with status 1 and a message."""
   done = subprocess.run([sys.executable, "-m", "digzsl_jax.data.archives", "--check", tmp_path / "none"],

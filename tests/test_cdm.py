@@ -49,7 +49,8 @@ def make_workspace(folder, dataset):
   prototypes_kd = np.random.default_rng(1).normal(size=(len(dataset.names), 6)).astype(np.float32)
   return types.SimpleNamespace(
       dataset=dataset, tasks=splits.tasks(dataset), clip=make_clip(), log=said, seed=0, workdir=folder,
-      cdm_encoder=encoder, extractor=lambda model: cdm.batched(encoder),
+      cdm_encoder=encoder, extractor=lambda model: cdm.batched(encoder), pooled_width=encoder.width,
+      models=types.SimpleNamespace(prototypes="text"),
       prototypes_kd=prototypes_kd / np.linalg.norm(prototypes_kd, axis=1, keepdims=True))
 
 

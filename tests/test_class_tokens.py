@@ -260,7 +260,8 @@ def first_losses(config, folder, discriminator):
     denoise = class_tokens.denoiser(settings, ws.sd, frozen.classes, class_b, slots.token_cnd[class_b])
     pictures_bijc = ws.sd.decode(path.finish(denoise, carry))
     preprocess = cdm.Preprocess.from_folder(ws.model_paths["clip"], ws.clip.vision_model.image_size)
-    return losses.normalise(ws.clip.encode_image(preprocess(pictures_bijc))[0]) @ ws.prototypes_kd[list(task.unseen)].T
+    embeds_bd = losses.normalise(ws.clip.encode_image(preprocess(pictures_bijc))[0])
+    return embeds_bd @ ws.text_prototypes_kd[list(task.unseen)].T
 
   log_bk = jax.nn.log_softmax(cosines() / settings.temperature)
   means = lambda values_b: np.asarray(values_b).reshape(2, -1).mean(1)
@@ -268,11 +269,14 @@ def first_losses(config, folder, discriminator):
   return (made.loss_c, made.accuracy_c), direct, ws
 
 
-def test_clip_as_guide_is_zero_shot_clip_whatever_the_encoder(tiny_config, tmp_path):
+def test_clip_as_guide_is_zero_shot_clip_whatever_encoder_and_prototypes(tiny_config, tmp_path):
   shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8,
                patch_size=4)
   hub.save(vit.ViT.from_json(shape, rngs=nnx.Rngs(3)), tmp_path / "vit", shape, dtype=np.float32)
   tiny_config.cdm.update(encoder=str(tmp_path / "vit"), kind="mlp")
+  names = workspace.Workspace(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
+  np.savez(tmp_path / "own.npz", names=np.array(names), prototypes=np.tile(np.eye(5), (len(names), 1))[:len(names)])
+  tiny_config.models.prototypes = str(tmp_path / "own.npz")
   tiny_config.tokens.guide = "clip"
   found, direct, _ = first_losses(tiny_config, tmp_path, lambda ws: pytest.fail("asked for the CDM"))
   for value_c, direct_c in zip(found, direct):

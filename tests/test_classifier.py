@@ -58,15 +58,17 @@ def world(tmp_path, monkeypatch):
   checkpoint.write_arrays(tmp_path / "cdm" / "features.safetensors", features)
   write_generated(tmp_path / "generate" / "test", task, np.random.default_rng(1))
   monkeypatch.setattr(cdm, "batched", lambda *arguments: lambda nijc: nijc.mean((1, 2)).astype(np.float32))
-  dataset = types.SimpleNamespace(names=NAMES)
+  dataset = types.SimpleNamespace(names=NAMES, has_images=True)
+  prototypes_kd = COLOURS.astype(np.float32) / np.linalg.norm(COLOURS, axis=1, keepdims=True)
   return types.SimpleNamespace(log=logs.Log(tmp_path), seed=0, tasks={"test": task}, dataset=dataset,
-                               cdm_encoder=types.SimpleNamespace(width=3), folder=lambda name: tmp_path / name)
+                               cdm_encoder=None, pooled_width=3, prototypes_kd=prototypes_kd,
+                               folder=lambda name: tmp_path / name)
 
 
 def test_stage_learns_from_each_source_its_own_classes(world, tmp_path):
   summary = run_classifier.run(SETTINGS, world, tmp_path / "classifier")
   fewer = {f"test_{source}_{count}" for source in ("learned", "plain") for count in (1, 2)}
-  assert set(summary) == {"test_learned", "test_plain", "test_real"} | fewer
+  assert set(summary) == {"test_learned", "test_plain", "test_gaussian", "test_real"} | fewer
   for source, shown in (("learned", [3, 4]), ("plain", [4, 3]), ("real", [3, 4])):
     model = hub.load(Classifier, tmp_path / "classifier" / f"test_{source}")
     logits = model(COLOURS[[3, 0, 1, 4, 2]].astype(np.float32))  # columns: seen, then unseen
@@ -77,6 +79,7 @@ def test_stage_learns_from_each_source_its_own_classes(world, tmp_path):
     assert model(COLOURS[[4, 2]].astype(np.float32)).argmax(-1).tolist() == shown
   config = hub.read_json(tmp_path / "classifier" / "test_real" / "config.json")
   assert config["classes"] == ["yellow", "red", "green", "cyan", "blue"]
+  assert (config["seen"], config["size"]) == (3, 4)
   cached = checkpoint.read_arrays(tmp_path / "classifier" / "features.safetensors")
   assert cached["test.learned"].shape == (2, 5, 3)  # all five, although four train
   np.testing.assert_allclose(cached["test.learned"][0].mean(0), COLOURS[4], atol=10)

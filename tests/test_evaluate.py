@@ -65,12 +65,14 @@ def make_workspace(folder, has_real=True):
   judge = ColourJudge(), {"heads": {"colour": list(NAMES)}, "pairs": [["blue", "cyan"], ["red", "green"]]}
   prototypes_kd = np.asarray(losses.normalise(jnp.float32(COLOURS)))
   return types.SimpleNamespace(
-      config={"cdm": {"encoder": "clip", "kind": "residual", "temperature": 0.05}}, seed=3, workdir=folder,
+      config={"cdm": {"encoder": "clip", "kind": "residual", "temperature": 0.05}, "generate": {"images": MADE},
+              "data": {"name": "colours"}}, seed=3, workdir=folder,
       log=logs.Log(folder), judge=judge, judge_config=judge[1], dataset=dataset, tasks=splits.tasks(dataset), stages={},
       clip=types.SimpleNamespace(logit_scale=nnx.Param(jnp.float32(3))), folder=lambda name: folder / name,
       cdm_head=lambda task: folder / "cdm" / f"{task}_residual",
-      models=types.SimpleNamespace(clip=str(folder)), cdm_encoder=types.SimpleNamespace(width=3),
-      prototypes_kd=prototypes_kd, mesh=mesh.make(1))
+      models=types.SimpleNamespace(clip=str(folder)), model_names={"models.clip": "embedded:colours/clip"},
+      cdm_encoder=None, pooled_width=3, prototypes_kd=prototypes_kd, text_prototypes_kd=prototypes_kd,
+      mesh=mesh.make(1))
 
 
 def run_stages(ws, monkeypatch):
@@ -103,7 +105,7 @@ def test_headline(results):
   assert results["classes"] == {"seen": 4, "unseen": 2}
   assert results["seconds"] == {"cdm": 1.5}
   assert results["czsl"] == {"T1": 100, "T1_per_image": 100, "per_class": {"cyan": 100, "blue": 100}}
-  assert results["gap_closed"] == 1
+  assert results["gap_closed"] == 1 and results["method"] == "dig_zsl"
   assert results["baselines"]["plain_sd"]["czsl"]["T1"] == 0
   assert results["baselines"]["real_images"]["czsl"]["T1"] == 100
 
@@ -111,7 +113,7 @@ def test_headline(results):
 def test_baselines_without_generated_images(results):
   baselines = results["baselines"]
   assert set(baselines) == {"clip_zero_shot", "cdm_prototype", "cdm_prototype_mlp", "cdm_prototype_residual",
-                            "plain_sd", "real_images"}
+                            "plain_sd", "gaussian_features", "real_images"}
   assert baselines["clip_zero_shot"]["czsl"]["T1"] == 100
   # An untrained residual head is CLIP, and it is the kind that guides.
   assert baselines["cdm_prototype_residual"]["czsl"] == baselines["clip_zero_shot"]["czsl"]
@@ -130,6 +132,24 @@ def test_generalised_accuracies_and_where_lambda_comes_from(results):
     assert validation["gzsl"]["lambda"] == test["gzsl"]["lambda"]
     assert "gzsl_oracle" not in validation
   assert results["gzsl"]["H"] == 100
+
+
+def test_accuracies_by_image_and_what_was_counted(results):
+  counts = results["images"]
+  assert counts == {"train": 32, "test_seen": 16, "test_unseen": 10, "generated_per_class": MADE}
+  for entry in (results, *results["baselines"].values()):
+    by_image, by_class = entry["gzsl"]["per_image"], entry["gzsl"]["per_class"]
+    # Every class has as many test images as the next one here.
+    assert by_image["U"] == pytest.approx(np.mean([by_class[NAMES[k]] for k in (4, 2)]), abs=0.01)
+    assert by_image["S"] == pytest.approx(np.mean([by_class[NAMES[k]] for k in (0, 1, 3, 5)]), abs=0.01)
+
+
+def test_checkpoints_of_another_world_are_warned_of(results, tmp_path):
+  assert results["warnings"] == []
+  ws = make_workspace(tmp_path)
+  ws.model_names["models.sd"] = "embedded:scenes/sd"
+  [warning] = evaluate.warnings(ws)
+  assert warning.startswith("embedded:scenes/sd learnt from another small world") and "mean nothing" in warning
 
 
 def test_lambda_curve(results):

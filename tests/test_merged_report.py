@@ -81,7 +81,7 @@ def test_data_sets_have_tables_of_their_own(tmp_path, capsys):
   _, out, _ = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
   assert re.findall(r"^(\S.*)\n\n\| settings", out, re.M) == ["scenes", "CUB <b>"]
   text = (tmp_path / "a" / "merged_report.html").read_text()
-  assert re.findall("<h1>(.*?)</h1>", text) == ["DIG-ZSL on scenes", "DIG-ZSL on CUB &lt;b&gt;"]
+  assert re.findall("<h1>(.*?)</h1>", text) == ["Runs on scenes", "Runs on CUB &lt;b&gt;"]
 
 
 def test_quality_has_its_columns(tmp_path, capsys):
@@ -91,6 +91,19 @@ def test_quality_has_its_columns(tmp_path, capsys):
   assert (found["CMMD"], found["plain SD CMMD"], found["FID"]) == ("0.54 \u00b1 0.03", "1.00 \u00b1 0.00",
                                                                  "40.5 \u00b1 0.7")
   assert "plain SD FID" not in found
+
+
+def test_methods_are_not_mixed(tmp_path, capsys):
+  for method in ("dig_zsl", "gaussian_features"):
+    write_run(tmp_path / method, 50.0, method=method)
+  assert list(rows(run(tmp_path, capsys=capsys)[1])) == ["method=dig_zsl", "method=gaussian_features"]
+
+
+def test_warnings_of_runs_stand_below_the_table(tmp_path, capsys):
+  for seed in (0, 1):
+    write_run(tmp_path / str(seed), 50.0, seed=seed, warnings=["numbers mean <nothing>"])
+  assert run(tmp_path, capsys=capsys)[1].count("numbers mean <nothing>") == 1
+  assert (tmp_path / "merged_report.html").read_text().count("numbers mean &lt;nothing&gt;") == 1
 
 
 def damage(folder):

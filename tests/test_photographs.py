@@ -1,6 +1,7 @@
 """Data sets of picture files: the benchmarks' and a person's own."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -207,3 +208,14 @@ def test_photographs(real_data):
   assert (len(data.seen), len(data.unseen), len(data.train.labels_n)) == (73, 27, 219)
   assert len(splits.tasks(data)["validation"].unseen) == len(data.validation) > 0
   assert "divided 80/20 a class by seed 0" in data.notes[0]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"name": "awa2", "source": "tfds"}, "TFDS has no AWA2, only CUB and FLO; set source=files"),
+    ({"name": "sun", "source": "tfds"}, "TFDS has no SUN"),
+    ({"name": "cub", "source": "web"}, 'source is "web": choose files or tfds'),
+    ({"name": "cub", "source": "tfds"}, r"source=tfds needs tensorflow_datasets: pip install 'digzsl_jax\[data\]'")])
+def test_sources(tmp_path, monkeypatch, settings, message):
+  monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # importing it raises ImportError
+  with pytest.raises(ValueError, match=f"config.data: {message}"):
+    load(tmp_path, **settings)

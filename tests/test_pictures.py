@@ -174,6 +174,11 @@ def test_padding_after_the_end_is_no_damage(tmp_path):
   np.testing.assert_array_equal(opened(tmp_path, ["a.jpg"], 16)[0], whole)
 
 
+def test_work_in_threads_keeps_its_order_and_is_silent_if_fast(capsys):
+  assert pictures.in_threads(lambda item: item * 2, range(50), "doubling") == list(range(0, 100, 2))
+  assert capsys.readouterr() == ("", "")
+
+
 def test_photographs(real_data):
   folder = real_data / "cub100" / "images"
   names = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("00*/000*.jpg"))]

@@ -14,7 +14,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
                for path in (ROOT / folder).rglob("*.py"))
 
 # A part of the package (module or folder below it) and the parts that it may import.
-LIBRARY = {"models", "diffusion", "samplers", "data", "losses", "metrics", "quality"}
+LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "quality"}
 TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "merged_runs": {"report_page", "files"},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
+    "predict": {"runs", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},
@@ -31,6 +32,7 @@ MAY_IMPORT = {
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
     "samplers": set(),
+    "gaussians": set(),
     "losses": set(),
     "metrics": set(),
     "quality": set(),
@@ -38,7 +40,7 @@ MAY_IMPORT = {
     "data": {"data", "files", "resize"},
     **{tool: {"files"} - {tool} for tool in TOOLS},
 }
-NO_FILES = {"models", "diffusion", "samplers", "losses", "metrics", "quality", "resize"}
+NO_FILES = {"models", "diffusion", "samplers", "gaussians", "losses", "metrics", "quality", "resize"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}
 OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 READS_FILES = {f"{PACKAGE}/models/{name}.py" for name in ("hub", "download")}

@@ -24,7 +24,8 @@ from digzsl_jax.data.benchmarks import LOCS, PUBLISHED, Split
 _HELD_OUT = 5  # one of so many images of a seen class, in our own division
 
 
-def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, seed: int = 0) -> Split:
+def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, seed: int = 0,
+         images: image_folders.Images | None = None) -> Split:
   """The split of a benchmark.
 
   Rows and labels come from `att_splits.mat` and `res101.mat`, for FLO from `att_splits.mat` and Oxford's own files.
@@ -37,6 +38,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
     name: "AWA2", "CUB", "FLO" or "SUN"; None for the folder's own name.
     validation: 1, 2 or 3, the published division of seen classes into training and validation.
     seed: of our own division.
+    images: those of the data set, where it is not in the folder.
 
   Raises:
     ValueError: there is no benchmark, or its files are damaged, contradict each other or count from 0.
@@ -50,7 +52,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
     raise ValueError(f'{folder}: "{name}" is no benchmark; give the name of one, {", ".join(PUBLISHED)}')
   if validation not in (1, 2, 3):
     raise ValueError(f"validation is {validation}: the published divisions are 1, 2 and 3")
-  images, has_rows = image_folders.read(name, folder), (folder / "att_splits.mat").is_file()
+  images, has_rows = images or image_folders.read(name, folder), (folder / "att_splits.mat").is_file()
   if has_rows and (name == "FLO" or not images or (folder / "res101.mat").is_file()):
     return _read_archive(name, folder, images, validation)
   if images:
@@ -67,16 +69,16 @@ def _read_archive(name: str, folder: pathlib.Path, images: image_folders.Images 
     raise ValueError(f"{folder / 'att_splits.mat'} has no numbers {', '.join(missing)}; get it again")
   raw_names_k = _names(name, folder, found)
   labels_n, paths_n = _labels(name, folder, raw_names_k, images)
-  rows = _rows(folder / "att_splits.mat", {field: found[field] for field in fields if field.endswith("_loc")
-                                           and field in found})
+  locs = rows(folder / "att_splits.mat", {field: found[field] for field in fields if field.endswith("_loc")
+                                          and field in found})
   # The published ones of release 1.0 hold all of test_seen_loc; release 2.0 has none.
-  for field in {"train_loc", "val_loc"} & set(rows):
-    rows[field] = np.intersect1d(rows[field], rows["trainval_loc"])
+  for field in {"train_loc", "val_loc"} & set(locs):
+    locs[field] = np.intersect1d(locs[field], locs["trainval_loc"])
   att = found.get("att")
   if att is not None and np.shape(att)[1:] != (len(raw_names_k),):
     raise ValueError(f"{folder / 'att_splits.mat'}: att is {list(np.shape(att))}, but must have a column for each of "
                      f"{len(raw_names_k)} classes")
-  return Split(name=name, raw_names_k=raw_names_k, **_class_lists(name, folder, raw_names_k, validation), **rows,
+  return Split(name=name, raw_names_k=raw_names_k, **_class_lists(name, folder, raw_names_k, validation), **locs,
                labels_n=labels_n, paths_n=paths_n, attributes_ka=None if att is None else att.T.astype(np.float64))
 
 
@@ -136,23 +138,23 @@ def _labels(name: str, folder: pathlib.Path, raw_names_k: tuple[str, ...], image
   for file, label in zip(paths_n, labels_n.tolist()):
     raw = raw_names_k[label]
     if class_of and file not in class_of:
-      raise ValueError(f"{folder}: {file} of res101.mat is not there; unpack the data set again")
+      raise ValueError(f"{folder}: {file} of res101.mat is not there; unpack or prepare the data set again")
     if not (class_of[file] == raw if class_of else image_folders.same_class(name, file, raw)):
       raise ValueError(f"{path}: {file} is labelled {raw}; labels are rows of allclasses.txt, not the numbers of "
                        "folders, so get both files from one release")
   return labels_n, paths_n
 
 
-def _rows(path: pathlib.Path, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def rows(path: pathlib.Path, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Ascending rows from 0 of lists that count from 1."""
   if any((numbers < 1).any() for numbers in found.values()):
     raise ValueError(f"{path}: images are counted from 0, but must be counted from 1, as MATLAB does: every row would "
                      "be its neighbour; get the published file")
-  rows = {field: np.sort(numbers.ravel().astype(np.int64)) - 1 for field, numbers in found.items()}
-  for field, rows_r in rows.items():
+  ascending = {field: np.sort(numbers.ravel().astype(np.int64)) - 1 for field, numbers in found.items()}
+  for field, rows_r in ascending.items():
     if not len(rows_r) or (np.diff(rows_r) == 0).any():
       raise ValueError(f"{path}: {field} is empty or repeats an image; get the file again")
-  return rows
+  return ascending
 
 
 def _divide(name: str, folder: pathlib.Path, images: image_folders.Images, validation: int, seed: int) -> Split:
@@ -191,19 +193,25 @@ def _positions(raw_names_k: tuple[str, ...], images: image_folders.Images) -> np
 def check(folder: os.PathLike, name: str | None = None) -> bool:
   """Prints what is in a benchmark's folder beside what is published; whether they agree.
 
+  Published are the rows of release 1.0. Those of another release (`benchmarks.other_release`) agree if every image is
+  in a list that its class belongs to, and the classes are as published.
+
   Raises:
     ValueError, OSError: as `load`.
   """
   split = load(folder, name)
   print(benchmarks.summary(split))
   wanted, wrong = PUBLISHED[split.name], benchmarks.differences(split)
+  other = benchmarks.other_release(split)
+  free = "divided here" if split.seed is not None else "not release 1.0" if other else None
   for key, number in benchmarks.counts(split).items():
-    ours = split.seed is not None and key in ("trainval", "test_seen")
-    mark = "divided here" if ours else "ok" if number == wanted[key] else "DIFFERS"
+    mark = free if free and key in ("trainval", "test_seen") else "ok" if number == wanted[key] else "DIFFERS"
     print(f"  {key:<12}{number:>7}  published {wanted[key]:>6}  {mark}")
   print("  lists of classes and of rows are disjoint")  # or `Split` would have refused them
   for what, found in (("labels", split.labels_n), ("image files", split.paths_n), ("attributes", split.attributes_ka)):
     print(f"  {what}: {'none' if found is None else len(found)}")
+  if other:
+    print("  rows: not release 1.0 (other images, no train_loc, no val_loc); the counts of 2.0 are not known here")
   for line in wrong:
     print(f"  DIFFERS  {line}")
   print(f"  fingerprint {benchmarks.fingerprint(split)}")

@@ -4,11 +4,11 @@ import functools
 import inspect
 from collections.abc import Mapping
 
-from digzsl_jax.data import fashion_mnist, photographs, scenes, splits
+from digzsl_jax.data import fashion_mnist, feature_files, photographs, scenes, splits
 
 LOADERS = {"scenes": scenes.load, "fashion_mnist": fashion_mnist.load,
            **{name.lower(): functools.partial(photographs.benchmark, name) for name in photographs.BENCHMARKS},
-           "folder": photographs.own}
+           "folder": photographs.own, "features": feature_files.load}
 
 
 def load(settings: Mapping) -> splits.Dataset:

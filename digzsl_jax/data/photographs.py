@@ -8,17 +8,19 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources.abc import Traversable
 
 import numpy as np
 
-from digzsl_jax.data import archives, benchmarks, image_folders, pictures, splits
+from digzsl_jax.data import archives, benchmarks, image_folders, pictures, splits, tfds_images
 
 BENCHMARKS = tuple(benchmarks.PUBLISHED)
 _LISTED = 20  # file names that a note spells out
 
 
 def benchmark(name: str, *, folder: str, size: int = 224, validation: int = 1, seed: int = 0, train_per_class: int = 0,
-              test_per_class: int = 0, skip_damaged: bool = False) -> splits.Dataset:
+              test_per_class: int = 0, skip_damaged: bool = False, source: str = "files",
+              data_dir: str = "") -> splits.Dataset:
   """A benchmark with its photographs.
 
   Args:
@@ -31,11 +33,19 @@ def benchmark(name: str, *, folder: str, size: int = 224, validation: int = 1, s
     test_per_class: test pictures drawn of each class, 0 for all.
     skip_damaged: whether a file that is missing, cut off or no picture is left out and noted, or an error. Damage
       inside a whole file is found when it is decoded, in the first stage, and always an error.
+    source: "files" for photographs in `folder`; "tfds" for those that TFDS prepared, of CUB and FLO alone.
+    data_dir: where TFDS keeps its data, "" for its own default.
 
   Raises:
-    ValueError: as `archives.load`; no photographs, or damaged ones.
+    ValueError: as `archives.load` and `tfds_images.read`; no photographs, or damaged ones; unknown source.
   """
-  split = archives.load(folder, name, validation=validation, seed=seed)
+  folder = pathlib.Path(folder).expanduser()
+  if source not in ("files", "tfds"):
+    raise ValueError(f'source is "{source}": choose files or tfds')
+  if source == "tfds" and name not in tfds_images.NAMES:
+    raise ValueError(f"TFDS has no {name}, only {' and '.join(tfds_images.NAMES)}; set source=files")
+  images, place = tfds_images.read(name, folder, data_dir) if source == "tfds" else (None, folder)
+  split = archives.load(folder, name, validation=validation, seed=seed, images=images)
   if split.labels_n is None or split.paths_n is None:
     raise ValueError(f"{folder} holds the rows of {name} but no photographs; unpack the data set there")
   limits = {"trainval_loc": train_per_class, "test_seen_loc": test_per_class, "test_unseen_loc": test_per_class}
@@ -43,9 +53,10 @@ def benchmark(name: str, *, folder: str, size: int = 224, validation: int = 1, s
           for stream, (loc, limit) in enumerate(limits.items())}
   chosen = {part: ([split.paths_n[row] for row in rows[loc]], split.labels_n[rows[loc]])
             for part, loc in zip(("train", "test_seen", "test_unseen"), limits)}
-  parts, notes = _read(folder, chosen, size, skip_damaged)
+  parts, notes = _read(place, chosen, size, skip_damaged)
   return splits.Dataset(name=name.lower(), names=split.names_k, seen=split.seen, unseen=split.unseen,
-                        validation=split.validation, **parts, notes=(benchmarks.summary(split), *notes))
+                        validation=split.validation, **parts, notes=(benchmarks.summary(split), *notes),
+                        attributes_ka=split.attributes_ka)
 
 
 def own(*, folder: str, unseen: str = "unseen.txt", test: str = "", size: int = 224, validation: float = 0.25,
@@ -98,8 +109,8 @@ def own(*, folder: str, unseen: str = "unseen.txt", test: str = "", size: int = 
   parts, more = _read(root, chosen, size, skip_damaged)
   seen = len(names) - len(listed)
   return splits.Dataset(name=root.resolve().name, names=names, seen=tuple(range(seen)),
-                        unseen=tuple(range(seen, len(names))), validation=_validation(seen, validation, seed), **parts,
-                        notes=(*notes, *more))
+                        unseen=tuple(range(seen, len(names))),
+                        validation=splits.draw_validation(seen, validation, seed), **parts, notes=(*notes, *more))
 
 
 def draw(labels_n: np.ndarray, rows: np.ndarray, limit: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -113,12 +124,11 @@ def draw(labels_n: np.ndarray, rows: np.ndarray, limit: int, seed: tuple[int, ..
   return rows[np.isin(rows, np.concatenate(kept))]
 
 
-def _read(folder: os.PathLike, chosen: Mapping[str, tuple[Sequence[str], Sequence[int]]], size: int,
+def _read(folder: Traversable, chosen: Mapping[str, tuple[Sequence[str], Sequence[int]]], size: int,
           skip_damaged: bool) -> tuple[dict[str, splits.LabelledImages], list[str]]:
   """The parts of a data set from paths and labels, and what is to be said of the files."""
   if size < 1:
     raise ValueError(f"size is {size}; it must be at least 1 pixel")
-  folder = pathlib.Path(folder).expanduser()
   whole, damaged = pictures.scan(folder, dict.fromkeys(path for paths, _ in chosen.values() for path in paths))
   if damaged and not skip_damaged:
     listed = "; ".join(f"{folder / path} ({wrong})" for path, wrong in list(damaged.items())[:5])
@@ -184,15 +194,6 @@ def _check_classes(path: pathlib.Path, listed: Sequence[str], found: Mapping[str
   if len(seen) < 3:
     raise ValueError(f"there are {len(seen)} seen classes, but 3 or more are needed: two to train on while a third "
                      f"plays unseen. Add class folders, or take names off {path}")
-
-
-def _validation(seen: int, validation: float, seed: int) -> tuple[int, ...]:
-  """Labels, drawn, of as many of the first `seen` classes as `validation` says: a number, or a share below 1."""
-  count = max(1, round(seen * validation)) if validation < 1 else int(validation)
-  if validation <= 0 or validation > 1 and count != validation or count > seen - 2:
-    raise ValueError(f"validation is {validation}; it must be a number from 1 to {seen - 2} of the {seen} seen "
-                     "classes, or a share of them below 1 that leaves two to train on")
-  return tuple(sorted(np.random.default_rng(seed).permutation(seen)[:count].tolist()))
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:

@@ -7,11 +7,13 @@ import concurrent.futures
 import functools
 import hashlib
 import os
-import pathlib
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources.abc import Traversable
+from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from digzsl_jax import resize
@@ -38,9 +40,9 @@ class Pictures:
 
   dtype, ndim = np.dtype(np.uint8), 4
 
-  def __init__(self, folder: os.PathLike, files: Sequence[File], size: int):
-    """`folder` is what the files' paths are relative to."""
-    self.folder, self.files, self.size = pathlib.Path(folder), tuple(files), size
+  def __init__(self, folder: Traversable, files: Sequence[File], size: int):
+    """`folder` is what the files' paths are relative to: a `pathlib.Path`, or what joins and opens as one does."""
+    self.folder, self.files, self.size = folder, tuple(files), size
 
   def __len__(self) -> int:
     return len(self.files)
@@ -82,10 +84,11 @@ class Pictures:
     return digest.digest()
 
 
-def scan(folder: os.PathLike, paths: Iterable[str]) -> tuple[list[File], dict[str, str]]:
+def scan(folder: Traversable, paths: Iterable[str]) -> tuple[list[File], dict[str, str]]:
   """Looks at every file without decoding it where its beginning and end show that it is whole.
 
   Args:
+    folder: as in `Pictures`.
     paths: relative to `folder`.
 
   Returns:
@@ -93,24 +96,31 @@ def scan(folder: os.PathLike, paths: Iterable[str]) -> tuple[list[File], dict[st
   """
   def look(path: str) -> File | str:
     try:
-      return File(path, _examine(pathlib.Path(folder) / path))
+      return File(path, _examine(folder / path))
     except UNREADABLE as error:
       return _reason(error)
 
   paths = list(paths)
-  found = dict(zip(paths, _threads().map(look, paths)))
+  found = dict(zip(paths, in_threads(look, paths, "looking at pictures")))
   return ([file for file in found.values() if isinstance(file, File)],
           {path: wrong for path, wrong in found.items() if isinstance(wrong, str)})
 
 
-def decode(path: os.PathLike, size: int) -> np.ndarray:
+def in_threads(call: Callable[[Any], Any], items: Sequence, name: str) -> list:
+  """What `call` gives for each of `items`; work of more than two seconds shows a progress bar of that name."""
+  # When not a terminal, a line a minute.
+  return list(tqdm.tqdm(_threads().map(call, items), name, len(items), delay=2, leave=False, dynamic_ncols=True,
+                        file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 60))
+
+
+def decode(path: Traversable, size: int) -> np.ndarray:
   """Pixels `[size, size, 3]` of a picture file, as `Pictures` says.
 
   Raises:
     ValueError: it is missing or damaged.
   """
   try:
-    with Image.open(path) as image:
+    with path.open("rb") as file, Image.open(file) as image:
       ImageOps.exif_transpose(image, in_place=True)
       if image.mode.startswith("I;16"):  # which Pillow would clip to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -123,7 +133,7 @@ def decode(path: os.PathLike, size: int) -> np.ndarray:
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _examine(path: pathlib.Path) -> bytes:
+def _examine(path: Traversable) -> bytes:
   """Digest of a whole file; raises one of `UNREADABLE` for another."""
   with path.open("rb") as file:
     first = file.read(_EDGE)

@@ -52,6 +52,25 @@ def prompt(template: str, name: str) -> str:
   return template.format(name=class_name(name))
 
 
+def templates(text: str, *, field: str) -> tuple[str, ...]:
+  """The set of `TEMPLATES` that `text` names, or `text` itself, a template with {name}.
+
+  Args:
+    text: name or template.
+    field: what the message calls it.
+
+  Raises:
+    ValueError: it is neither.
+  """
+  if "{" not in text:
+    if text not in TEMPLATES:
+      raise ValueError(f'{field} is "{text}"; it must be a template with {{name}} or one of the sets '
+                       f'{", ".join(TEMPLATES)}')
+    return TEMPLATES[text]
+  check_template(text, field=field)
+  return (text,)
+
+
 def expand(templates: Sequence[str], names: Sequence[str]) -> list[list[str]]:
   """Every template filled in for every name: for each name a list with a text for each template.
 

@@ -1,6 +1,6 @@
 """Data sets split by class: what is seen, what is unseen, and which classes settings are chosen on.
 
-Shapes: n image, h w pixel, c colour channel (RGB).
+Shapes: n image, h w pixel, c colour channel (RGB), f feature, k class, a attribute.
 """
 
 import dataclasses
@@ -24,9 +24,23 @@ class LabelledImages(NamedTuple):
     return LabelledImages(images.take(rows) if isinstance(images, Pictures) else images[rows], self.labels_n[rows])
 
 
+class LabelledFeatures(NamedTuple):
+  """Features of images that are not at hand, and their labels, row by row."""
+
+  features_nf: np.ndarray  # float32
+  labels_n: np.ndarray  # as in `LabelledImages`
+
+  def take(self, rows) -> "LabelledFeatures":
+    """The features and labels of `rows`: indices, or a mask `[n]`."""
+    return LabelledFeatures(self.features_nf[rows], self.labels_n[rows])
+
+
+Labelled = LabelledImages | LabelledFeatures
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A zero-shot data set.
+  """A zero-shot data set: of images, or of features in place of all of them.
 
   Attributes:
     name: for reports.
@@ -39,6 +53,8 @@ class Dataset:
     test_unseen: held-out images of unseen classes.
     real_unseen: real training images of unseen classes, for the "real_images" upper bound and nothing
       else; None where there are none.
+    notes: what is to be said of the files, a line each.
+    attributes_ka: of all classes, or None.
 
   Raises:
     ValueError: lists that overlap, repeat or name no class, a validation list that leaves fewer than two
@@ -49,16 +65,24 @@ class Dataset:
   seen: tuple[int, ...]
   unseen: tuple[int, ...]
   validation: tuple[int, ...]
-  train: LabelledImages
-  test_seen: LabelledImages
-  test_unseen: LabelledImages
-  real_unseen: LabelledImages | None = None
+  train: Labelled
+  test_seen: Labelled
+  test_unseen: Labelled
+  real_unseen: Labelled | None = None
   notes: tuple[str, ...] = ()
+  attributes_ka: np.ndarray | None = None
 
   def __post_init__(self):
     self._check_lists()
     _check_images(self, (("train", self.seen), ("test_seen", self.seen), ("test_unseen", self.unseen),
                          ("real_unseen", self.unseen)))
+    if self.attributes_ka is not None and len(self.attributes_ka) != len(self.names):
+      raise ValueError(f"{self.name}: attributes of {len(self.attributes_ka)} classes, but there are "
+                       f"{len(self.names)}; give every class a row")
+
+  @property
+  def has_images(self) -> bool:
+    return isinstance(self.train, LabelledImages)
 
   def _check_lists(self):
     if len(set(self.names)) < len(self.names):
@@ -93,10 +117,10 @@ class Task:
   name: str
   seen: tuple[int, ...]
   unseen: tuple[int, ...]
-  train: LabelledImages
-  test_seen: LabelledImages
-  test_unseen: LabelledImages
-  real_unseen: LabelledImages | None
+  train: Labelled
+  test_seen: Labelled
+  test_unseen: Labelled
+  real_unseen: Labelled | None
 
   def positions(self, labels_n: np.ndarray) -> np.ndarray:
     """Labels as positions among the task's classes, seen ones first: the columns of its classifiers."""
@@ -133,19 +157,30 @@ def tasks(dataset: Dataset) -> dict[str, Task]:
   }
 
 
+def draw_validation(seen: int, validation: float, seed: int) -> tuple[int, ...]:
+  """Labels, drawn, of as many of the first `seen` classes as `validation` says: a number, or a share below 1."""
+  count = max(1, round(seen * validation)) if validation < 1 else int(validation)
+  if validation <= 0 or validation > 1 and count != validation or count > seen - 2:
+    raise ValueError(f"validation is {validation}; it must be a number from 1 to {seen - 2} of the {seen} seen "
+                     "classes, or a share of them below 1 that leaves two to train on")
+  return tuple(sorted(np.random.default_rng(seed).permutation(seen)[:count].tolist()))
+
+
 def fingerprint(dataset: Dataset) -> str:
   """SHA-256 (hex) of everything in the data set: names, lists, labels, image bytes or `Pictures.fingerprint`, notes."""
   digest = hashlib.sha256()
   for field in dataclasses.fields(dataset):
     value = getattr(dataset, field.name)
-    if field.name == "notes" and not value:
+    if field.name == "attributes_ka" and value is None or field.name == "notes" and not value:
       continue
     digest.update(f"\0{field.name}\0".encode())
-    if isinstance(value, LabelledImages):
-      images = value.images_nhwc
-      digest.update(repr(images.shape).encode())
-      digest.update(images.fingerprint if isinstance(images, Pictures) else np.ascontiguousarray(images))
+    if isinstance(value, Labelled):
+      rows = value[0]
+      digest.update(repr(rows.shape).encode())
+      digest.update(rows.fingerprint if isinstance(rows, Pictures) else np.ascontiguousarray(rows))
       digest.update(np.ascontiguousarray(value.labels_n, dtype="<i4"))
+    elif isinstance(value, np.ndarray):
+      digest.update(repr(value.shape).encode() + np.ascontiguousarray(value, dtype="<f8").tobytes())
     else:
       digest.update(repr(value).encode())
   return digest.hexdigest()
@@ -155,9 +190,10 @@ def summary(dataset: Dataset) -> str:
   """One line of counts, for logs."""
   chosen = {field: getattr(dataset, field) for field in ("train", "test_seen", "test_unseen", "real_unseen")}
   counts = ", ".join(f"{field} {0 if found is None else len(found.labels_n)}" for field, found in chosen.items())
-  height, width = dataset.train.images_nhwc.shape[1:3]
+  sides = dataset.train[0].shape[1:3]
+  what = f"images of {sides[0]}x{sides[1]} pixels" if dataset.has_images else f"features of width {sides[0]}"
   return (f"{dataset.name}: {len(dataset.seen)} seen classes ({len(dataset.validation)} of them for validation), "
-          f"{len(dataset.unseen)} unseen; images of {height}x{width} pixels: {counts}")
+          f"{len(dataset.unseen)} unseen; {what}: {counts}")
 
 
 def _check_images(dataset: Dataset, sets) -> None:
@@ -165,13 +201,18 @@ def _check_images(dataset: Dataset, sets) -> None:
     chosen = getattr(dataset, field)
     if chosen is None and field == "real_unseen":
       continue
-    images_nhwc, labels_n = chosen
-    if images_nhwc.ndim != 4 or images_nhwc.shape[-1] != 3 or images_nhwc.dtype != np.uint8:
+    rows, labels_n = chosen
+    if not isinstance(chosen, type(dataset.train)):
+      raise ValueError(f"{dataset.name}: {field} must be as train is, images or features")
+    if dataset.has_images and (rows.ndim != 4 or rows.shape[-1] != 3 or rows.dtype != np.uint8):
       raise ValueError(f"{dataset.name}: {field} images must be uint8 [n, h, w, 3], not "
-                       f"{images_nhwc.dtype} {list(images_nhwc.shape)}")
-    if labels_n.dtype != np.int32 or labels_n.shape != images_nhwc.shape[:1]:
-      raise ValueError(f"{dataset.name}: {field} has {len(images_nhwc)} images, so its labels must be int32 "
-                       f"[{len(images_nhwc)}], not {labels_n.dtype} {list(labels_n.shape)}")
+                       f"{rows.dtype} {list(rows.shape)}")
+    if not dataset.has_images and (rows.ndim != 2 or rows.dtype != np.float32 or not np.isfinite(rows).all()):
+      raise ValueError(f"{dataset.name}: {field} features must be finite float32 [n, f], not "
+                       f"{rows.dtype} {list(rows.shape)}")
+    if labels_n.dtype != np.int32 or labels_n.shape != rows.shape[:1]:
+      raise ValueError(f"{dataset.name}: {field} has {len(rows)} images, so its labels must be int32 "
+                       f"[{len(rows)}], not {labels_n.dtype} {list(labels_n.shape)}")
     if not len(labels_n):
       raise ValueError(f"{dataset.name}: {field} has no images")
     found = set(np.unique(labels_n).tolist())

@@ -34,7 +34,8 @@ class Settings:
   """How the head is trained: AdamW with cosine decay to zero on cached features.
 
   Attributes:
-    encoder: "clip" for the run's own, or a Hugging Face folder of a ViT, DINOv2, SigLIP or another CLIP.
+    encoder: "clip" for the run's own, or a Hugging Face folder of a ViT, DINOv2, SigLIP or another CLIP; "" for a data
+      set that has features in place of images.
     kind: the head that guides class tokens, "residual" ("clip" only) or "mlp"; both are trained where
       the encoder is "clip".
     hidden: width between its two layers.
@@ -55,7 +56,6 @@ class Settings:
   cache: str
 
   def __post_init__(self):
-    check(bool(self.encoder), "encoder", self.encoder, f'"{cdm.CLIP}" or the folder of an encoder')
     check(self.kind in self.kinds, "kind", self.kind, f"one of {self.kinds} for encoder {self.encoder!r}")
     for field in ("hidden", "steps", "batch"):
       check(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
@@ -69,9 +69,9 @@ class Settings:
     return cdm.KINDS if self.encoder == cdm.CLIP else ("mlp",)
 
 
-def encode_task(encode: Callable[[np.ndarray], np.ndarray], task: splits.Task,
+def encode_task(encode: Callable[[np.ndarray], np.ndarray] | None, task: splits.Task,
                 known: dict[bytes, np.ndarray]) -> dict[str, np.ndarray]:
-  """Feature rows of all images of a task, by field; images in `known` are not encoded again.
+  """Feature rows of all images of a task, by field; images in `known`, and features, are not encoded again.
 
   The validation task shows the training images of the test task again: `known` (image digest to row)
   is extended here and handed to the next call.
@@ -79,6 +79,9 @@ def encode_task(encode: Callable[[np.ndarray], np.ndarray], task: splits.Task,
   features = {}
   for field in FIELDS:
     if (chosen := getattr(task, field)) is None:
+      continue
+    if isinstance(chosen, splits.LabelledFeatures):
+      features[f"{task.name}.{field}"] = chosen.features_nf
       continue
     keys = digests(chosen.images_nhwc)
     new = [row for row, key in enumerate(keys) if key not in known]
@@ -137,27 +140,42 @@ def fit(head: cdm.Head, features_nf: np.ndarray, labels_n: np.ndarray, prototype
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The training of the test task's head for `--dry_run`: lowered, not run."""
   task, (graphdef, params) = ws.tasks["test"], nnx.split(ws.new_cdm_head())
-  images_nijc = jax.ShapeDtypeStruct(task.train.images_nhwc.shape, np.float32)
-  features_nf = jax.eval_shape(ws.cdm_encoder, images_nijc)
+  features_nf = ws.abstract_features(task.train)
   labels_n = np.zeros(len(features_nf), np.int64)
   train = compile_training(graphdef, settings)
   prototypes_kp = ws.prototypes_kd[list(task.seen)]
   return {"all steps": train.lower(params, features_nf, labels_n, prototypes_kp, jax.random.key(0))}
 
 
+def kinds(settings: Settings, ws: Workspace) -> tuple[str, ...]:
+  """The kinds of head that are trained: only one on CLIP's own embedding can start from it, and only towards texts."""
+  return settings.kinds if ws.models.prototypes == "text" else ("mlp",)
+
+
+def validate(settings: Settings, ws: Workspace) -> None:
+  """Raises ValueError for an encoder or a kind of head that the data set or the prototypes do not allow."""
+  what = f"images, so it must be {cdm.CLIP!r} or the folder of an encoder" if ws.dataset.has_images else \
+      "features in place of images, so it must be ''"
+  if ws.dataset.has_images != bool(settings.encoder):
+    raise ValueError(f"encoder is {settings.encoder!r}, but {ws.dataset.name} has {what}")
+  if settings.kind not in kinds(settings, ws):
+    raise ValueError(f'kind is {settings.kind!r}, which corrects CLIP\'s embedding towards texts; with '
+                     f'config.models.prototypes={ws.models.prototypes} it must be "mlp"')
+
+
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Returns the held-out accuracy on seen classes, in percent, and the last loss, by task and kind."""
-  encoder, encode, features, known = ws.cdm_encoder, ws.extractor("encoder"), {}, {}
+  encode, features, known = ws.extractor("encoder") if ws.dataset.has_images else None, {}, {}
   for task in ws.tasks.values():
     features |= encode_task(encode, task, known)
   checkpoint.write_arrays(folder / "features.safetensors", features)
-  ws.log.say(f"cdm: features of {len(known)} images")
+  ws.log.say(f"cdm: features of {len(known) or sum(map(len, features.values()))} images")
   summary = {}
   for name, task in ws.tasks.items():
     seen, prototypes_kp = list(task.seen), ws.prototypes_kd[list(task.seen)]
     train_n, test_n = (task.positions(chosen.labels_n) for chosen in (task.train, task.test_seen))
-    for kind in settings.kinds:
-      head = cdm.Head(kind, encoder.width, settings.hidden, prototypes_kp.shape[1], rngs=nnx.Rngs(ws.seed))
+    for kind in kinds(settings, ws):
+      head = cdm.Head(kind, ws.pooled_width, settings.hidden, prototypes_kp.shape[1], rngs=nnx.Rngs(ws.seed))
       head, loss_s = fit(head, features[f"{name}.train"], train_n, prototypes_kp, settings, ws.seed)
       cdm.save_head(head, folder / f"{name}_{kind}")
       for step in range(0, settings.steps, max(1, settings.steps // 10)):

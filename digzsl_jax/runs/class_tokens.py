@@ -49,7 +49,7 @@ class Settings:
       every class; one keyed by class names, such as `learned_embeds.safetensors`, must have every unseen class, and
       validation classes that it lacks start from the word.
     vectors: of S*, at consecutive positions, learnt together.
-    guide: "cdm", or "clip" for the ablation without it: zero-shot CLIP, the run's own, whatever `cdm.encoder` is.
+    guide: "cdm", or "clip" for the ablation without it: the run's own CLIP as it is, and its text prototypes.
     gradient: "last" or "x0".
     sampler: "ddim", "pndm", "dpm++", "euler" or a variant of these without new noise for `last`, "" for the
       checkpoint's own; `x0` walks by DDIM.
@@ -313,7 +313,8 @@ def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classe
   learnt_kl, _ = ws.token_prompts(task)
   labels_k = np.array(task.unseen)[filled_k]
   allowed_k = np.arange(rows) < len(task.unseen)
-  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, learnt_kl[filled_k], ws.prototypes_kd[labels_k],
+  prototypes_kd = ws.text_prototypes_kd if settings.guide == cdm.CLIP else ws.prototypes_kd
+  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, learnt_kl[filled_k], prototypes_kd[labels_k],
                                            ws.sd_tokenizer([""])[0]))
 
 

@@ -1,13 +1,17 @@
 """Trains zero-shot classifiers on real images of seen classes and made images of unseen ones.
 
 For each task one classifier for each source of the unseen images: "learned" (class tokens), "plain" (the
-name alone, same noise) and "real" (real training images, where the data set has them: the upper bound).
-They share seen images, initial weights and the number of unseen images, so only the source differs.
+name alone, same noise), "gaussian" (no images, but features that are drawn as `gaussians.draw` says) and "real"
+(real training images, where the data set has them: the upper bound). They share seen images, initial weights and the
+number of unseen images, so only the source differs. A data set that has features in place of images has "gaussian"
+alone.
 
 The test task's are also trained with a half, a quarter and an eighth of the generated images, for T1 against N_gen.
 
 Leaves the folders `<task>_<source>`, with fewer images `test_<source>_<images>`, and `features.safetensors`:
-rows of all generated images under `<task>.<source>`, `[u, m, f]`.
+rows of all generated images, if there are any, under `<task>.<source>`, `[u, m, f]`. A classifier's `config.json` also
+holds what a later user of it needs: "classes", how many of them, the first ones, are "seen", and the "size" of real
+images in pixels, null where features stand in place of them.
 
 Shapes: n real seen image, u unseen class, m image of a class, f feature row, k class (seen, then unseen),
 s source.
@@ -23,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint
+from digzsl_jax import checkpoint, gaussians
 from digzsl_jax.data import generated, splits
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, hub
@@ -141,32 +145,34 @@ def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sum
 
 
 def train_task(settings: Settings, task: splits.Task, features: dict[str, np.ndarray],
-               made: dict[str, np.ndarray], width: int, ws: Workspace, folder: pathlib.Path) -> dict:
+               made: dict[str, np.ndarray], ws: Workspace, folder: pathlib.Path) -> dict:
   """Trains and writes the classifiers of one task.
 
   Args:
     features: of real images, by field of the task.
     made: of generated images, `[u, m, f]` by source.
-    width: of the pooled part of a feature row.
   """
+  labels_n = task.positions(task.train.labels_n)
+  seen_kp, unseen_up = ws.prototypes_kd[list(task.seen)], ws.prototypes_kd[list(task.unseen)]
   unseen = {source: rows_umf[:, :settings.images] for source, rows_umf in made.items()}
+  unseen["gaussian"] = gaussians.draw(features["train"], labels_n, seen_kp, unseen_up, settings.images, ws.seed)
   if task.real_unseen is not None:
     unseen["real"] = real_images(features["real_unseen"], task.real_unseen.labels_n, task.unseen,
                                  settings.images)
-  labels_n = task.positions(task.train.labels_n)
   classes = [ws.dataset.names[label] for label in (*task.seen, *task.unseen)]
-  used = columns(settings.features, width, features["train"].shape[1])
+  used = columns(settings.features, ws.pooled_width, features["train"].shape[1])
   model = Classifier(used, settings.hidden, len(classes), rngs=nnx.Rngs(ws.seed))
   model.standardise_by(features["train"])
   groups, summary = {settings.images: unseen}, {}
-  if task.name == "test":
+  if made and task.name == "test":
     groups |= fewer_images(made, settings.images)
   for images, group in groups.items():
     models, loss_s = fit(model, features["train"], labels_n, np.stack(list(group.values())), settings)
     for source, trained, loss in zip(group, models, loss_s):
       name = f"{task.name}_{source}" + ("" if images == settings.images else f"_{images}")
       hub.save(trained, folder / name, dtype=np.float32, config={
-          "columns": used, "hidden": settings.hidden, "classes": classes, "source": source, "images": images})
+          "columns": used, "hidden": settings.hidden, "classes": classes, "seen": len(task.seen), "source": source,
+          "images": images, "size": task.train.images_nhwc.shape[1] if ws.dataset.has_images else None})
       summary[name] = {"loss": round(float(loss), 4)}
   return summary
 
@@ -179,13 +185,12 @@ def fewer_images(made: dict[str, np.ndarray], images: int) -> dict[int, dict[str
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The training of the test task's classifiers for `--dry_run`: lowered, not run."""
-  task, encoder = ws.tasks["test"], ws.cdm_encoder
-  images_nijc = jax.ShapeDtypeStruct(task.train.images_nhwc.shape, np.float32)
-  seen_nf = jax.eval_shape(encoder, images_nijc)
-  used = columns(settings.features, encoder.width, seen_nf.shape[1])
+  task = ws.tasks["test"]
+  seen_nf = ws.abstract_features(task.train)
+  used = columns(settings.features, ws.pooled_width, seen_nf.shape[1])
   model = Classifier(used, settings.hidden, len(task.seen) + len(task.unseen), rngs=nnx.Rngs(ws.seed))
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-  sources = 2 + (task.real_unseen is not None)
+  sources = 1 + 2 * ws.dataset.has_images + (task.real_unseen is not None)
   made_srf = jax.ShapeDtypeStruct((sources, len(task.unseen) * settings.images, seen_nf.shape[1]), np.float32)
   labels_n = task.positions(task.train.labels_n)
   train = compile_training(graphdef, labels_n, len(task.unseen), settings.images, settings)
@@ -194,24 +199,26 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError if the classifier wants more images than stage generate makes."""
-  if settings.images > (made := ws.config["generate"]["images"]):
+  if ws.dataset.has_images and settings.images > (made := ws.config["generate"]["images"]):
     raise ValueError(f"images is {settings.images}, but config.generate.images is {made}; lower "
                      "the one or raise the other")
 
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Returns the last loss of each classifier."""
-  encoder = ws.cdm_encoder
-  encode, summary, cached = cdm.batched(encoder), {}, {}
+  encode = cdm.batched(ws.cdm_encoder) if ws.dataset.has_images else None
+  summary, cached = {}, {}
   real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
   for name, task in ws.tasks.items():
-    names = [ws.dataset.names[label] for label in task.unseen]
-    made = encode_generated(encode, ws.folder("generate") / name, names, ws.log)
+    names, made = [ws.dataset.names[label] for label in task.unseen], {}
+    if encode:
+      made = encode_generated(encode, ws.folder("generate") / name, names, ws.log)
     cached |= {f"{name}.{source}": rows_umf for source, rows_umf in made.items()}
     features = {field: rows_nf for key, rows_nf in real.items() for of_task, field in [key.split(".")]
                 if of_task == name}
-    trained = train_task(settings, task, features, made, encoder.width, ws, folder)
+    trained = train_task(settings, task, features, made, ws, folder)
     summary |= trained
     ws.log.say(f"classifier ({name}): {trained}")
-  checkpoint.write_arrays(folder / "features.safetensors", cached)
+  if cached:
+    checkpoint.write_arrays(folder / "features.safetensors", cached)
   return summary

@@ -5,7 +5,7 @@ on the validation task, whose unseen classes are seen classes of the data set; w
 data says so ("oracle").
 
 Shapes: n test image (seen classes' first), k class (seen, then unseen), u unseen class, m generated image
-of a class, f feature row, p width of the text space, h w pixel, c colour, l value of lambda.
+of a class, f feature row, p width of prototypes, d of the text space, h w pixel, c colour, l value of lambda.
 """
 
 import dataclasses
@@ -21,11 +21,12 @@ from digzsl_jax import checkpoint, files, logs, losses, metrics
 from digzsl_jax.data import generated, splits
 from digzsl_jax.models import cdm, hub, judge
 from digzsl_jax.models.classifier import Classifier
-from digzsl_jax.workspace import Workspace, check
+from digzsl_jax.workspace import EMBEDDED, Workspace, check
 
 NEEDS = ("cdm", "generate", "classifier")
 MODELS = ("clip", "encoder", "judge")
-METHODS = {"learned": "dig_zsl", "plain": "plain_sd", "real": "real_images"}  # by source of unseen images
+# By source of unseen images; the first that there is heads `results.json`, the others are its baselines.
+METHODS = {"learned": "dig_zsl", "plain": "plain_sd", "gaussian": "gaussian_features", "real": "real_images"}
 CHOSEN, ORACLE = "validation classes", "test (oracle)"
 
 
@@ -77,6 +78,14 @@ def test_features(real: Mapping[str, np.ndarray], task: str) -> np.ndarray:
   return np.concatenate([real[f"{task}.test_seen"], real[f"{task}.test_unseen"]])
 
 
+def clip_embeds(ws: Workspace, task: splits.Task, features_nf: np.ndarray) -> np.ndarray:
+  """Feature rows that end with the run's own CLIP embedding: `features_nf`, unless these are of another encoder."""
+  if ws.config["cdm"]["encoder"] == cdm.CLIP:
+    return features_nf
+  encode = ws.extractor("clip")
+  return np.concatenate([encode(labelled.images_nhwc) for labelled in (task.test_seen, task.test_unseen)])
+
+
 def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]) -> Scores:
   """Probabilities of the baselines without images (CLIP, CDM) and of the classifiers.
 
@@ -86,14 +95,11 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
   classes = (*task.seen, *task.unseen)
   names = [ws.dataset.names[label] for label in classes]
   labels_n = task.positions(np.concatenate([task.test_seen.labels_n, task.test_unseen.labels_n]))
-  prototypes_kp = ws.prototypes_kd[list(classes)]
-  features_nf = test_features(real, task.name)
-  embeds_np = features_nf[:, -prototypes_kp.shape[1]:]
-  if ws.config["cdm"]["encoder"] != cdm.CLIP:
-    encode = ws.extractor("clip")
-    images = (task.test_seen.images_nhwc, task.test_unseen.images_nhwc)
-    embeds_np = np.concatenate([encode(images_nhwc) for images_nhwc in images])[:, -prototypes_kp.shape[1]:]
-  found = {"clip_zero_shot": softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_np @ prototypes_kp.T)}
+  prototypes_kp, features_nf, found = ws.prototypes_kd[list(classes)], test_features(real, task.name), {}
+  if ws.dataset.has_images:
+    texts_kd = ws.text_prototypes_kd[list(classes)]
+    embeds_nd = clip_embeds(ws, task, features_nf)[:, -texts_kd.shape[1]:]
+    found["clip_zero_shot"] = softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_nd @ texts_kd.T)
   for kind in cdm.KINDS:
     folder = ws.folder("cdm") / f"{task.name}_{kind}"
     if folder.exists():  # only the run's own CLIP has a residual head
@@ -130,8 +136,11 @@ def generalised(scores: Scores, method: str, lam: float, chosen_on: str) -> dict
   said_n = metrics.calibrated_predictions(found[method], is_seen_k, lam)
   all_k = metrics.class_accuracies(said_n, labels_n, range(len(names_k)), names_k)
   unseen, seen = all_k[~is_seen_k].mean(), all_k[is_seen_k].mean()
+  rows_n = is_seen_k[labels_n]
+  by_image = [metrics.per_image_accuracy(said_n[rows], labels_n[rows]) for rows in (~rows_n, rows_n)]
+  per_image = dict(zip("USH", map(percent, (*by_image, metrics.harmonic_mean(*by_image)))))
   return {"U": percent(unseen), "S": percent(seen), "H": percent(metrics.harmonic_mean(unseen, seen)),
-          "lambda": lam, "lambda_chosen_on": chosen_on,
+          "per_image": per_image, "lambda": lam, "lambda_chosen_on": chosen_on,
           "per_class": {name: percent(share) for name, share in zip(names_k, all_k)}}
 
 
@@ -144,9 +153,10 @@ def measure(scores: Scores, lambdas: Mapping[str, float], oracle: Mapping[str, f
     if oracle:
       entries[method]["gzsl_oracle"] = generalised(scores, method, oracle[method], ORACLE)
   t1 = {source: entries[method]["czsl"]["T1"] for source, method in METHODS.items() if method in entries}
-  closed = metrics.gap_closed(t1["learned"], t1["plain"], t1["real"]) if "real" in t1 else None
-  return entries.pop(METHODS["learned"]) | {"baselines": entries,
-                                            "gap_closed": None if closed is None else round(closed, 4)}
+  closed = metrics.gap_closed(t1["learned"], t1["plain"], t1["real"]) if t1.keys() >= {"learned", "real"} else None
+  head = METHODS[next(iter(t1))]
+  return entries.pop(head) | {"method": head, "baselines": entries,
+                              "gap_closed": None if closed is None else round(closed, 4)}
 
 
 def images_curve(ws: Workspace, scores: Scores, real: Mapping[str, np.ndarray]) -> dict[str, list[dict[str, float]]]:
@@ -203,6 +213,23 @@ def agreement(ws: Workspace, task: splits.Task, made: Mapping[str, np.ndarray]) 
   return {key: percent(share_u.mean()) for key, share_u in found.items()} | {"per_class": per_class}
 
 
+def counts(ws: Workspace) -> dict[str, int]:
+  """Images, or rows of features, of each part of the data set, and how many are made of each unseen class."""
+  found = {part: len(getattr(ws.dataset, part).labels_n) for part in ("train", "test_seen", "test_unseen")}
+  return found | ({"generated_per_class": ws.config["generate"]["images"]} if ws.dataset.has_images else {})
+
+
+def warnings(ws: Workspace) -> list[str]:
+  """What makes the numbers of this run mean less than they seem to."""
+  foreign = sorted(name for name in ws.model_names.values()
+                   if name.startswith(EMBEDDED) and name[len(EMBEDDED):].split("/")[0] != ws.config["data"]["name"])
+  if not foreign:
+    return []
+  return [f"{', '.join(foreign)} learnt from another small world and know nothing of these classes: accuracies, "
+          "agreements and distances below mean nothing. What a run with them shows is that data, counts, averages and "
+          "stages fit together."]
+
+
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError for classes that the judge does not know."""
   for task in ws.tasks.values() if ws.judge_config else ():
@@ -218,7 +245,6 @@ def complete(ws: Workspace, folder: pathlib.Path) -> bool:
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Writes `results.json` in the work folder; returns its headline numbers."""
   real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
-  made = checkpoint.read_arrays(ws.folder("classifier") / "features.safetensors")
   scores = {name: read_scores(ws, task, real) for name, task in ws.tasks.items()}
   curves = {name: {method: found.curve(method, settings.lambda_l) for method in found.probabilities_nk}
             for name, found in scores.items()}
@@ -226,19 +252,24 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
           for name, found in curves.items()}
   measured = {"test": measure(scores["test"], best["validation"], best["test"]),
               "validation": measure(scores["validation"], best["validation"])}
-  for name, task in ws.tasks.items():
-    measured[name]["generated"] = agreement(ws, task, made)
+  sources = [source for source in METHODS if METHODS[source] in curves["test"] and source != "real"]
+  if ws.dataset.has_images:
+    made = checkpoint.read_arrays(ws.folder("classifier") / "features.safetensors")
+    for name, task in ws.tasks.items():
+      measured[name]["generated"] = agreement(ws, task, made)
+    measured["test"]["images_curve"] = images_curve(ws, scores["test"], real)
   results = measured["test"] | {
       "dataset": ws.dataset.name, "classes": {"seen": len(ws.dataset.seen), "unseen": len(ws.dataset.unseen)},
-      "seed": ws.seed, "validation": measured["validation"], "devices": logs.devices(ws.mesh.devices.flat),
-      "images_curve": images_curve(ws, scores["test"], real),
-      "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in ("learned", "plain")},
+      "images": counts(ws), "warnings": warnings(ws), "seed": ws.seed, "validation": measured["validation"],
+      "devices": logs.devices(ws.mesh.devices.flat),
+      "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in sources},
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items()
                   if stage.done}}
   files.write_json(ws.workdir / "results.json", results)
   headline = {key: results["czsl"][key] for key in ("T1", "T1_per_image")}
   headline |= {key: results["gzsl"][key] for key in ("U", "S", "H", "lambda")}
-  headline["plain_sd_T1"] = results["baselines"][METHODS["plain"]]["czsl"]["T1"]
+  headline |= {f"{name}_T1": entry["czsl"]["T1"] for name, entry in results["baselines"].items()
+               if name == METHODS["plain"]}
   headline["gap_closed"] = results["gap_closed"]
   ws.log.say(f"evaluate: {headline}")
   return headline

@@ -32,9 +32,11 @@ NEEDS = ("tokens", "generate", "evaluate")
 MODELS = ()
 OURS, PLAIN = "DIG-ZSL, learnt tokens", "Plain Stable Diffusion"
 SOURCES = {"learned": OURS, "plain": PLAIN}
+GAUSSIAN = "Gaussian features, no image made"
+METHODS = {"dig_zsl": OURS, "gaussian_features": GAUSSIAN}  # what may head `results.json`
 SCORES = ("T1", "U", "S", "H")
 BASELINES = {"cdm_prototype_residual": "CDM prototype, residual", "cdm_prototype_mlp": "CDM prototype, MLP",
-             "clip_zero_shot": "CLIP zero-shot", "real_images": "Real images (bound)"}
+             "clip_zero_shot": "CLIP zero-shot", "gaussian_features": GAUSSIAN, "real_images": "Real images (bound)"}
 WITHOUT_IMAGES = {"cdm_prototype": "CDM prototypes", "clip_zero_shot": "those of CLIP"}
 AGREEMENTS = {"cdm_agreement": "CDM", "judge_agreement": "Judge", "judge_pair_agreement": "Judge (pair)"}
 STOPS = {"accuracy": "target reached", "patience": "no more progress", "cap": "step limit", "nan": "diverged"}
@@ -74,10 +76,12 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
   if not path.exists():
     raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")
   results = files.read_json(path)
+  made = lambda part, *arguments: part(*arguments) if ws.dataset.has_images else None
   parts = [header(results, ws), headline(results, settings.published, ws.config["tokens"]["guide"]),
-           grids(results, ws, settings), class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws),
-           lambda_curves(results), images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
-  text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
+           protocol(results, ws.dataset.notes), made(grids, results, ws, settings),
+           class_bars(results, ws.dataset.names), made(token_map, ws), made(loss_curves, ws), lambda_curves(results),
+           images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
+  text = page.page(title(results), *parts)
   files.write_text(ws.workdir / "report.html", text)
   return {"bytes": len(text)}
 
@@ -97,6 +101,15 @@ def baseline(results: Mapping, name: str) -> Mapping:
   return results.get("baselines", {}).get(name, {})
 
 
+def ours_name(results: Mapping) -> str:
+  """What heads the results: DIG-ZSL, where there are images."""
+  return METHODS[results.get("method", "dig_zsl")]
+
+
+def title(results: Mapping) -> str:
+  return f"{ours_name(results).partition(',')[0]} on {results['dataset']}"
+
+
 def header(results: Mapping, ws: Workspace) -> Html:
   """Title, the finding in words, and what it was measured with."""
   classes = results.get("classes", {})
@@ -108,7 +121,8 @@ def header(results: Mapping, ws: Workspace) -> Html:
   if versions.exists():
     found = ordered(files.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
     pairs.append(("Versions", ", ".join(f"{name} {version}" for name, version in found.items())))
-  return join(tag("header", tag("h1", f"DIG-ZSL on {results['dataset']}"),
+  warned = [tag("p", tag("b", "Warning: "), text, class_="alarm") for text in results.get("warnings", ())]
+  return join(tag("header", tag("h1", title(results)), *warned,
                   tag("p", verdict(results), class_="verdict"), page.facts(pairs)), alarm(results))
 
 
@@ -173,7 +187,7 @@ def headline(results: Mapping, published: Sequence, guide: str) -> Html:
     return kind, [name, *(page.number(entry.get(key), 2 if key == "lambda" else 1) for key in columns)]
 
   ours = scores(results) | generated
-  rows = [row("learned", OURS, ours)]
+  rows = [row("learned", ours_name(results), ours)]
   if plain:
     base = scores(plain) | {key: generated.get(f"plain_sd_{key}") for key in agreements}
     changes = ("" if key == "lambda" else page.change(ours[key], base[key]) for key in columns)
@@ -181,11 +195,12 @@ def headline(results: Mapping, published: Sequence, guide: str) -> Html:
   baselines = baseline_rows(results.get("baselines", {}), guide)
   rows += [row(kind, name, scores(entry)) for kind, name, entry in baselines]
   rows += [row("oracle", f"{name.split(',')[0]}, oracle \u03bb", scores(entry, "gzsl_oracle"))
-           for name, entry in ((OURS, results), (PLAIN, plain)) if "gzsl_oracle" in entry]
+           for name, entry in ((ours_name(results), results), (PLAIN, plain)) if "gzsl_oracle" in entry]
   rows += [row("published", f"{name} (published)", dict(zip(SCORES, values))) for name, *values in published]
   return page.section(
     "accuracy", "Accuracy", "Compare the first two rows, where only the token differs, and then the bound on "
-    "real images, which says how much there was to gain.",
+    "real images, which says how much there was to gain." if plain else "The first row is a classifier that was "
+    "trained on features drawn for the unseen classes; the prototypes classify without any.",
     page.table(["", *SCORES, "\u03bb", *(AGREEMENTS[key] for key in agreements)], rows),
     tag("p", "All in percent. T1: mean per-class accuracy among the unseen classes. U and S: that of unseen "
         "and of seen test pictures among all classes; H: their harmonic mean; \u03bb: the calibration, "
@@ -193,6 +208,29 @@ def headline(results: Mapping, published: Sequence, guide: str) -> Html:
         "CDM and a classifier that never guides, exactly or up to words that captions mix up. Bounds, "
         "not results: \u201creal images\u201d trains the same classifier on real pictures of the unseen "
         "classes, and an oracle row chooses \u03bb on the test pictures.", class_="note"))
+
+
+def protocol(results: Mapping, notes: Sequence[str]) -> Html | None:
+  """What was counted: images of each part, averages by class and by image, and what the data set has to say."""
+  counts, classes = results.get("images"), results.get("classes", {})
+  if not counts:
+    return None
+  by_class, by_image = results.get("gzsl", {}), results.get("gzsl", {}).get("per_image", {})
+  cells = lambda *values: [page.number(value, 2) for value in values]
+  czsl, u, s = results["czsl"], (by_class.get("U"), by_image.get("U")), (by_class.get("S"), by_image.get("S"))
+  rows = [(None, [name, classes[part], f"{counts[f'test_{part}']:,}", *cells(*shares)]) for name, part, shares in (
+      ("T1: unseen classes among themselves", "unseen", (czsl["T1"], czsl["T1_per_image"])),
+      ("U: unseen classes among all", "unseen", u), ("S: seen classes among all", "seen", s))]
+  made = counts.get("generated_per_class")
+  text = f"Trained on {counts['train']:,} images of {classes['seen']} seen classes"
+  text += f" and {made:,} generated ones of each of {classes['unseen']} unseen classes." if made else "."
+  return page.section(
+    "protocol", "What was counted", "The field averages accuracy over classes; averaged over images, classes with many "
+    "count more. Published code differs in which it does, so compare like with like.",
+    page.table(["", "classes", "test images", "mean over classes", "share of images"], rows, wide=False),
+    tag("p", f"{text} The rows above choose \u03bb on validation classes, cut from the seen ones; published code "
+        "mostly chooses \u03bb, and the epoch, on the test images: that is the row \u201coracle\u201d.", class_="note"),
+    *(tag("p", note, class_="note") for note in notes))
 
 
 def data_uri(image_hwc: np.ndarray, longest: int) -> str:

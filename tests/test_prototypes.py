@@ -1,0 +1,77 @@
+"""What stands for the classes: texts by one template or many, attributes, a file."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from digzsl_jax import logs, losses, main, workspace
+from digzsl_jax.data import prompts
+
+
+@pytest.fixture
+def make(tiny_config, tmp_path):
+  """A workspace with changed settings of `models`."""
+  def make(**models):
+    config = tiny_config.copy_and_resolve_references()
+    config.models.update(models)
+    return workspace.Workspace(config.to_dict(), tmp_path, logs.Log(tmp_path))
+  return make
+
+
+def encode(ws, texts):
+  return np.asarray(losses.normalise(ws.clip.encode_text(jnp.asarray(ws.clip_tokenizer(texts)))[0]))
+
+
+def test_one_template(make):
+  ws = make()
+  texts = [f"a photo of a {name}" for name in ws.dataset.names]
+  np.testing.assert_allclose(ws.prototypes_kd, encode(ws, texts), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sun", "imagenet80"])
+def test_a_set_of_templates_counts_by_its_mean(make, monkeypatch, name):
+  ws = make(prototype_template=name)
+  found_kd, some = ws.prototypes_kd, ws.dataset.names[:3]
+  mean_kd = np.stack([encode(ws, [template.format(name=one) for template in prompts.TEMPLATES[name]]).mean(0)
+                      for one in some])
+  np.testing.assert_allclose(found_kd[:3], mean_kd / np.linalg.norm(mean_kd, axis=1, keepdims=True), atol=1e-5)
+  assert np.abs(found_kd - make().prototypes_kd).max() > 1e-3
+  assert ws.model_fingerprints["clip"] != make().model_fingerprints["clip"]
+  monkeypatch.setattr(workspace, "TEXTS", 7)  # batches, the last one not full
+  np.testing.assert_allclose(make(prototype_template=name).prototypes_kd, found_kd, atol=1e-5)
+
+
+def test_attributes(make):
+  ws = make(prototypes="attributes")
+  with pytest.raises(ValueError, match='prototypes is "attributes", but scenes.* has none'):
+    np.asarray(ws.prototypes_kd)
+  attributes_ka = np.random.default_rng(0).normal(size=(len(ws.dataset.names), 5))
+  ws.dataset = dataclasses.replace(ws.dataset, attributes_ka=attributes_ka)
+  np.testing.assert_allclose(ws.prototypes_kd, attributes_ka / np.linalg.norm(attributes_ka, axis=1, keepdims=True),
+                             atol=1e-6)
+  assert ws.text_prototypes_kd.shape[1] != 5  # zero-shot CLIP goes on with texts
+
+
+def test_a_run_towards_prototypes_of_a_file(tiny_config, tmp_path):
+  """Images and tokens throughout: nothing but CLIP's own baseline needs texts."""
+  config = tiny_config.copy_and_resolve_references()
+  config.models.prototypes = str(tmp_path / "mine.npz")
+  names = workspace.Workspace(config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
+  np.savez(tmp_path / "mine.npz", names=names, prototypes=np.random.default_rng(0).normal(size=(len(names), 7)))
+  with pytest.raises(ValueError, match="kind is 'residual', which corrects CLIP's embedding towards texts"):
+    main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
+  config.cdm.kind = "mlp"
+  main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
+  results = (tmp_path / "run" / "results.json").read_text()
+  assert "cdm_prototype_mlp" in results and "clip_zero_shot" in results and "cdm_prototype_residual" not in results
+
+
+def test_templates():
+  assert prompts.templates("a {name}", field="x") == ("a {name}",)
+  assert len(prompts.templates("imagenet80", field="x")) == 80
+  with pytest.raises(ValueError, match='x is "imagenet"; it must be a template with {name} or one of the sets photo'):
+    prompts.templates("imagenet", field="x")
+  with pytest.raises(ValueError, match="must contain {name} once"):
+    prompts.templates("a {thing}", field="x")
