@@ -58,7 +58,7 @@ def dig_zsl() -> config_dict.ConfigDict:
       cdm=dict(encoder="clip", kind="residual", hidden=256, temperature=0.05, steps=600, batch=256,
                learning_rate=1e-3, weight_decay=0.0, cache="~/.cache/digzsl_jax/features"),
       tokens=dict(
-          template="a photo of {token} {name}", initial="a", initial_file="", vectors=1,
+          template="a photo of {token} {name}", initial="a", initial_file="", vectors=1, guide="cdm",
           gradient="x0", sampler="ddim", steps=3, grad_calls=0, x0_timestep=600, guidance=4.0,
           stop_unconditional=True, images=3, learning_rate=0.015, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
           noise_period=1, stop_accuracy=1.0, patience=30, max_updates=30,

@@ -9,7 +9,7 @@ Shapes: n point, d dimension.
 import dataclasses
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -72,15 +72,25 @@ svg { display: block; max-width: 100%; height: auto; }
 svg text { fill: var(--soft); font: 11px system-ui, "Segoe UI", Roboto, sans-serif; }
 svg .ink { fill: var(--ink); }
 svg .value { fill: var(--c); font-weight: 600; }
+.merged { margin-top: 1.1rem; }
+.merged table { font-size: .88rem; }
+.merged th { white-space: normal; }
+.merged thead th { min-width: 5.2em; }
+.merged tbody th { min-width: 13em; }
+.merged :is(th, td) { padding: .3rem .4rem; vertical-align: bottom; }
 .grid { stroke: var(--line); }
+.band { fill: var(--c); opacity: .16; }
 .curve { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .curve.h { stroke-width: 2.6; }
 .curve.thin { stroke-width: 1.1; }
+.curve.faint { opacity: .4; }
 .key { background: var(--c); }
 .dot, .bar { fill: var(--c); }
 .mark { stroke: var(--c); stroke-width: 1.4; }
 .dash { stroke-dasharray: 4 3; }
 .panels { display: grid; gap: 1rem 1.4rem; grid-template-columns: repeat(auto-fill, minmax(380px, 1fr)); }
+.three { display: grid; gap: 1.2rem 1rem; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+.three figure { align-self: end; }
 .many { display: grid; gap: .9rem 1rem; grid-template-columns: repeat(auto-fill, minmax(185px, 1fr)); }
 .many figure { align-self: end; }
 .many h3, .many figcaption { font-size: .8rem; margin: 0; }
@@ -214,14 +224,15 @@ class Axes:
     low, high = self.y_range
     return round(self.height - bottom - (value - low) / ((high - low) or 1) * (self.height - top - bottom), 1)
 
-  def frame(self, x_label: str = "", count: int = 5) -> Html:
-    """Grid lines with their numbers and the name of the x axis."""
+  def frame(self, x_label: str = "", count: int = 5, x_ticks: Sequence[tuple[float, str]] | None = None) -> Html:
+    """Grid lines with their numbers and the name of the x axis; `x_ticks`, place and text, replace round numbers."""
     left, right, floor = self.margins[0], self.width - self.margins[1], self.y(self.y_range[0])
     rows = (join(tag("line", x1=left, x2=right, y1=self.y(v), y2=self.y(v), class_="grid"),
                  tag("text", f"{v:g}", x=left - 5, y=self.y(v) + 4, text_anchor="end"))
             for v in ticks(*self.y_range, count))
-    columns = (tag("text", f"{v:.6g}", x=self.x(v), y=floor + 14, text_anchor="middle")
-               for v in ticks(*self.x_range, count))
+    if x_ticks is None:
+      x_ticks = [(v, f"{v:.6g}") for v in ticks(*self.x_range, count)]
+    columns = (tag("text", text, x=self.x(v), y=floor + 14, text_anchor="middle") for v, text in x_ticks)
     name = x_label and tag("text", x_label, x=(left + right) / 2, y=self.height - 4, text_anchor="middle")
     return join(*rows, *columns, name)
 
@@ -233,6 +244,20 @@ class Axes:
         path.append(f"{pen}{self.x(x):g} {self.y(y):g}")
       pen = "L" if known(y) else "M"
     return tag("path", d=" ".join(path), class_=f"curve {kind}")
+
+  def band(self, xs: Sequence[float], lows: Sequence[float], highs: Sequence[float], kind: str) -> Html:
+    """The area between two curves, as far as it lies in the plot."""
+    bottom, top = self.y_range
+    edge = [*zip(xs, highs), *reversed(list(zip(xs, lows)))]
+    points = " ".join(f"{self.x(x):g},{self.y(min(max(y, bottom), top)):g}" for x, y in edge)
+    return tag("polygon", points=points, class_=f"band {kind}")
+
+  def measurement(self, x: float, mean: float, deviation: float, kind: str, label: str, shift: float = 0) -> Html:
+    """A dot with a stroke of one standard deviation to both sides, `shift` pixels to the right of `x`."""
+    place, (bottom, top) = self.x(x) + shift, self.y_range
+    low, high = (self.y(min(max(mean + sign * deviation, bottom), top)) for sign in (-1, 1))
+    return tag("g", tag("title", label), tag("line", x1=place, x2=place, y1=low, y2=high, class_="mark"),
+               tag("circle", cx=place, cy=self.y(mean), r=3, class_="dot"), class_=kind)
 
   def vertical(self, value: float, kind: str, label: str = "", lift: float = 0) -> Html:
     """A line across the plot at `value` of the x axis, its label `lift` pixels higher than just above."""
@@ -253,6 +278,14 @@ def spread(positions: Sequence[float], gap: float) -> list[float]:
   for index in sorted(range(len(positions)), key=lambda i: positions[i]):
     moved[index] = last = max(positions[index], last + gap)
   return moved
+
+
+def ended_curves(axes: Axes, lines: Mapping[str, tuple[str, Sequence[float], Sequence[float]]]) -> Html:
+  """A curve for each CSS class (name, xs, ys), at its end the name and its last value, none over another."""
+  heights = spread([axes.y(ys[-1]) + 4 for _, _, ys in lines.values()], 13)
+  return join(*(join(axes.curve(xs, ys, kind), tag("text", f"{name}{ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height,
+                                                   class_=f"value {kind}"))
+                for (kind, (name, xs, ys)), height in zip(lines.items(), heights)))
 
 
 def bars(rows: Sequence[tuple[str, Sequence[object]]], series: Sequence[tuple[str, str]], limit: float,

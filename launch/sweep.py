@@ -1,43 +1,37 @@
 """Runs a config once for every combination of settings, one workdir each; prints first, runs on request.
 
 Look:  python launch/sweep.py --config=configs/quickstart.py --set seed=0,1,2 --set tokens.gradient=x0,last
+Study: the same with --study gamma, or any other of `STUDIES`: one factor at a time, around the config and --set
 Run:   the same with --run; what has finished is skipped, so it may be interrupted and started again
-Table: the same with --table, at any time; mean ± sample standard deviation over seeds
+Table: the same with --table, at any time; `python -m digzsl_jax.report`, which prints it, also writes a page
 
 A value holds no comma: each comma starts another one. Workdirs are named by their settings, so a sweep
-that is widened keeps what was run.
+that is widened keeps what was run. Runs share no stages: each folder is whole, and what takes long before the
+tokens, the features of photographs, is kept in `cdm.cache` for all of them.
 """
 
 import argparse
 import itertools
-import json
+import os
 import pathlib
+import runpy
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-AVERAGED = "seed"
-COLUMNS = {  # title: path in results.json
-    "T1": "czsl.T1",
-    "H": "gzsl.H",
-    "plain SD T1": "baselines.plain_sd.czsl.T1",
-    "plain SD H": "baselines.plain_sd.gzsl.H",
-    "CDM agr.": "generated.cdm_agreement",
-    "plain SD CDM agr.": "generated.plain_sd_cdm_agreement",
-    "judge agr.": "generated.judge_agreement",
-    "plain SD judge agr.": "generated.plain_sd_judge_agreement",
-    "judge pair agr.": "generated.judge_pair_agreement",
-    "plain SD judge pair agr.": "generated.plain_sd_judge_pair_agreement",
-    "residual CDM prototype T1": "baselines.cdm_prototype_residual.czsl.T1",
-    "residual CDM prototype H": "baselines.cdm_prototype_residual.gzsl.H",
-    "MLP CDM prototype T1": "baselines.cdm_prototype_mlp.czsl.T1",
-    "MLP CDM prototype H": "baselines.cdm_prototype_mlp.gzsl.H",
-    "CLIP zero-shot T1": "baselines.clip_zero_shot.czsl.T1",
-    "CLIP zero-shot H": "baselines.clip_zero_shot.gzsl.H",
-    "real images T1": "baselines.real_images.czsl.T1",
-    "real images H": "baselines.real_images.gzsl.H",
+# Ablations and sensitivities of DIG-ZSL (arXiv 2412.17219), each a list of settings as --set takes them. Three more are
+# in every run: without tokens (plain Stable Diffusion), N_gen (`images_curve`), lambda (`lambda_curve`).
+STUDIES = {
+    "guide": ["tokens.guide=cdm,clip"],  # without the CDM
+    "gradient": ["tokens.gradient=x0,last", "tokens.steps=10"],
+    "grad_calls": ["tokens.gradient=last", "tokens.steps=10", "tokens.grad_calls=1,2,4",
+                   "tokens.stop_unconditional=False"],  # True would drop what comes through the latent
+    "temperature": ["tokens.temperature=0.02,0.05,0.1,0.2,1.0"],  # 1.0: the paper shows none
+    "gamma": ["tokens.stop_accuracy=0.3,0.5,0.9,1.0"],
+    "noise": ["tokens.noise_period=0,1,5"],  # fixed, fresh for every update, for every fifth
+    "images": ["tokens.images=1,2,4,8"],
+    "seeds": ["seed=0,1,2"],
 }
 
 
@@ -59,6 +53,37 @@ def combinations(settings: Iterable[str]) -> list[dict[str, str]]:
   return [dict(zip(values_of, chosen)) for chosen in itertools.product(*values_of.values())]
 
 
+def studied(chosen: Mapping[str, str], studies: Iterable[str], defaults: Mapping[str, str]) -> list[dict[str, str]]:
+  """`chosen` and, for every study, what is to be run beside it: settings that change something, each once.
+
+  Args:
+    defaults: value of every field of the config.
+
+  Raises:
+    ValueError: the config lacks a field that a study varies.
+  """
+  base = {**defaults, **chosen}
+  found = [dict(chosen)]
+  for study in studies:
+    for setting in combinations(STUDIES[study]):
+      if missing := sorted(setting.keys() - base.keys()):
+        raise ValueError(f"--study {study}: the config has no fields {missing}; studies are for configs of DIG-ZSL")
+      run = {**chosen, **{field: value for field, value in setting.items() if value != base[field]}}
+      if run not in found:
+        found.append(run)
+  return found
+
+
+def config_values(config: str) -> dict[str, str]:
+  """Every field of a config file by its dotted name, as it is written in a setting."""
+  def flat(section, prefix=""):
+    for name, value in section.items():
+      yield from flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, str(value))]
+
+  sys.path.insert(0, os.getcwd())  # as for the command lines: config files import `configs.base`
+  return dict(flat(runpy.run_path(config)["get_config"]().to_dict()))
+
+
 def workdir(out: pathlib.Path, chosen: Mapping[str, str]) -> pathlib.Path:
   """The folder of a combination, named by its settings."""
   name = ",".join(f"{field}={value}" for field, value in chosen.items()) or "default"
@@ -71,64 +96,42 @@ def command(config: str, folder: pathlib.Path, chosen: Mapping[str, str]) -> lis
           *(f"--config.{field}={value}" for field, value in chosen.items())]
 
 
-def entry(results: Mapping, path: str) -> float | None:
-  """The number at a dotted path, None where the run has none."""
-  for name in path.split("."):
-    results = results.get(name) if isinstance(results, Mapping) else None
-  return results
-
-
-def spread(numbers: Sequence[float]) -> str:
-  """Mean ± sample standard deviation, to one decimal; the mean of a single number, a dash for none."""
-  if not numbers:
-    return "–"
-  mean = f"{statistics.fmean(numbers):.1f}"
-  return mean if len(numbers) < 2 else f"{mean} ± {statistics.stdev(numbers):.1f}"
-
-
-def table(runs: Iterable[tuple[Mapping[str, str], pathlib.Path]]) -> str:
-  """Markdown: a row for each combination but for the seed, columns that no run has left out."""
-  groups = {}
-  for chosen, folder in runs:
-    row = tuple((field, value) for field, value in chosen.items() if field != AVERAGED)
-    found = groups.setdefault(row, [])
-    if (file := folder / "results.json").is_file():
-      found.append(json.loads(file.read_text(encoding="utf-8")))
-  columns = {title: path for title, path in COLUMNS.items()
-             if any(entry(results, path) is not None for found in groups.values() for results in found)}
-  lines = [["settings", "runs", *columns], ["---"] * (2 + len(columns))]
-  for row, found in groups.items():
-    numbers = [[entry(results, path) for results in found] for path in columns.values()]
-    lines.append([", ".join(f"{field}={value}" for field, value in row) or "as configured", str(len(found)),
-                  *(spread([number for number in column if number is not None]) for column in numbers)])
-  return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def tabulate(out: pathlib.Path, folders: Iterable[pathlib.Path]) -> int:
+  """Prints the table of the runs in `folders` and writes their page; the exit status."""
+  line = [sys.executable, "-m", "digzsl_jax.report", f"--out={out / 'merged_report.html'}", *map(str, folders)]
+  return subprocess.run(line, check=False).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Prints command lines, runs them or prints the table, as asked; 1 if a run failed."""
+  """Prints command lines, runs them or prints the table, as asked; not 0 if a run failed or is not there."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="a file of configs/")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...", dest="settings")
+  parser.add_argument("--study", action="append", default=[], choices=[*STUDIES, "all"], dest="studies")
   parser.add_argument("--out", type=pathlib.Path, help="of workdirs; default runs/sweep_<config name>")
   parser.add_argument("--run", action="store_true", help="run the command lines, then print the table")
   parser.add_argument("--table", action="store_true", help="print the table of what has finished")
   options = parser.parse_args(arguments)
+  out = options.out or pathlib.Path("runs") / f"sweep_{pathlib.Path(options.config).stem}"
   try:
-    out = options.out or pathlib.Path("runs") / f"sweep_{pathlib.Path(options.config).stem}"
-    runs = [(chosen, workdir(out, chosen)) for chosen in combinations(options.settings)]
-  except ValueError as error:
+    chosen = combinations(options.settings)
+    if options.studies:
+      studies, defaults = STUDIES if "all" in options.studies else options.studies, config_values(options.config)
+      chosen = [run for one in chosen for run in studied(one, studies, defaults)]
+  except (ValueError, OSError) as error:
     parser.error(str(error))
+  runs = {workdir(out, one): one for one in chosen}  # study "seeds" may ask for what --set does
   failed = []
-  for chosen, folder in runs if options.run or not options.table else ():
-    line = command(options.config, folder, chosen)
+  for folder, one in runs.items() if options.run or not options.table else ():
+    line = command(options.config, folder, one)
     print(shlex.join(line), flush=True)
     if options.run and subprocess.run(line, check=False).returncode:
       failed.append(folder)  # the other combinations are still wanted
-  if options.run or options.table:
-    print(table([run for run in runs if run[1] not in failed]))  # its results, if any, are of another attempt
+  # What is in the folder of a failed run, if anything, is of another attempt.
+  status = tabulate(out, [folder for folder in runs if folder not in failed]) if options.run or options.table else 0
   if failed:
     print(f"failed: {', '.join(map(str, failed))}", file=sys.stderr)
-  return 1 if failed else 0
+  return 1 if failed else status
 
 
 if __name__ == "__main__":

@@ -122,6 +122,12 @@ def test_untrained_residual_head_is_zero_shot_clip():
   np.testing.assert_array_equal(head(features), features[:, 16:])
 
 
+def test_zero_shot_is_clip(tmp_path):
+  model, images = make_clip(), jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  np.testing.assert_allclose(cdm.zero_shot(model, tmp_path)(images), losses.normalise(model.encode_image(images)[0]),
+                             rtol=1e-5)
+
+
 def test_residual_head_needs_clip(tmp_path):
   encoder = cdm.Encoder(vit.ViT.from_json(VIT_CONFIG, rngs=nnx.Rngs(0)), tmp_path)
   with pytest.raises(ValueError, match='use kind "mlp"'):

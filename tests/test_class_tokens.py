@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from configs import quickstart
-from digzsl_jax import checkpoint, logs, mesh, workspace
+from digzsl_jax import checkpoint, logs, losses, mesh, workspace
 from digzsl_jax import main as command
 from digzsl_jax.data import prompts, textual_inversion
+from digzsl_jax.models import cdm, hub, vit
 from digzsl_jax.runs import class_tokens
 from digzsl_jax.workspace import TOKENS
 
@@ -237,3 +239,64 @@ def test_starts_of_tokens(two_vectors, tmp_path):
   textual_inversion.write(tmp_path / "one.safetensors", "<star>", own["plain crimson circle"])
   for task in ("test", "validation"):
     assert all((start_nd == own["plain crimson circle"]).all() for start_nd in starts(task)[0].values())
+
+
+def first_losses(config, folder, discriminator):
+  """Of the first update of two classes: loss and accuracy, the same from the pictures' CLIP embeddings, workspace."""
+  config.mesh.devices = 1
+  config.tokens.update(slots=2, slots_per_body=2)
+  ws = workspace.Workspace(config.to_dict(), folder, logs.Log(folder))
+  settings = workspace.parse(class_tokens.Settings, ws.config["tokens"], "tokens")
+  learner = class_tokens.Learner(settings, ws, lambda task: discriminator(ws))
+  task = ws.tasks["test"]
+  frozen, slots = learner.frozen(task), class_tokens.fresh_slots(settings, np.arange(2), ws.token_starts(task))
+  carry = learner.prefix(frozen, slots)
+  _, made = learner.learn(frozen, slots, carry)
+
+  path, class_b = class_tokens.gradient_path(settings, ws.schedule), jnp.repeat(jnp.arange(2), settings.images)
+
+  @jax.jit
+  def cosines():
+    denoise = class_tokens.denoiser(settings, ws.sd, frozen.classes, class_b, slots.token_cnd[class_b])
+    pictures_bijc = ws.sd.decode(path.finish(denoise, carry))
+    preprocess = cdm.Preprocess.from_folder(ws.model_paths["clip"], ws.clip.vision_model.image_size)
+    embeds_bd = losses.normalise(ws.clip.encode_image(preprocess(pictures_bijc))[0])
+    return embeds_bd @ ws.text_prototypes_kd[list(task.unseen)].T
+
+  log_bk = jax.nn.log_softmax(cosines() / settings.temperature)
+  means = lambda values_b: np.asarray(values_b).reshape(2, -1).mean(1)
+  direct = means(-log_bk[jnp.arange(len(class_b)), class_b]), means(log_bk.argmax(-1) == class_b)
+  return (made.loss_c, made.accuracy_c), direct, ws
+
+
+def test_clip_as_guide_is_zero_shot_clip_whatever_encoder_and_prototypes(tiny_config, tmp_path):
+  shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+               patch_size=4)
+  hub.save(vit.ViT.from_json(shape, rngs=nnx.Rngs(3)), tmp_path / "vit", shape, dtype=np.float32)
+  tiny_config.cdm.update(encoder=str(tmp_path / "vit"), kind="mlp")
+  names = workspace.Workspace(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
+  np.savez(tmp_path / "own.npz", names=np.array(names), prototypes=np.tile(np.eye(5), (len(names), 1))[:len(names)])
+  tiny_config.models.prototypes = str(tmp_path / "own.npz")
+  tiny_config.tokens.guide = "clip"
+  found, direct, _ = first_losses(tiny_config, tmp_path, lambda ws: pytest.fail("asked for the CDM"))
+  for value_c, direct_c in zip(found, direct):
+    np.testing.assert_allclose(value_c, direct_c, rtol=1e-4)
+
+
+def test_a_trained_guide_is_another(tiny_config, tmp_path):
+  def trained(ws):
+    head = ws.new_cdm_head()
+    head.fc2.kernel[...] = jax.random.normal(jax.random.key(0), head.fc2.kernel.shape)
+    return cdm.CDM(ws.cdm_encoder, head)
+
+  (loss_c, _), (direct_c, _), ws = first_losses(tiny_config, tmp_path, trained)
+  assert (np.abs(loss_c - direct_c) > 0.01).all()
+  other = workspace.Workspace({**ws.config, "tokens": {**ws.config["tokens"], "guide": "clip"}}, tmp_path, ws.log)
+  stages = [where.stage("tokens", (), class_tokens.MODELS).fingerprint for where in (ws, other)]
+  assert stages[0] != stages[1]
+
+
+def test_a_guide_that_is_none_is_refused():
+  section = quickstart.get_config().tokens.to_dict() | {"guide": "judge"}
+  with pytest.raises(ValueError, match="config.tokens.guide is 'judge'; it must be one of .'cdm', 'clip'."):
+    workspace.parse(class_tokens.Settings, section, "tokens")

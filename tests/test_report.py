@@ -99,7 +99,7 @@ def fake_run(workdir, rng):
       for path, picture in zip(made[source][name], noisy):
         images.write_png(folder / path, picture)
   files.write_json(folder / "manifest.json", {"classes": list(TEST), "images": 10, "files": made})
-  config = {"seed": 0, "tokens": {"initial": "a"}, "report": dataclasses.asdict(SETTINGS)}
+  config = {"seed": 0, "tokens": {"initial": "a", "guide": "cdm"}, "report": dataclasses.asdict(SETTINGS)}
   return types.SimpleNamespace(
     workdir=workdir, dataset=dataset, seed=0, config=config, folder=lambda name: workdir / name,
     initial_token=start,
@@ -190,6 +190,14 @@ def test_headline_numbers_and_differences(text):
                             "CLIP zero-shot", "Real images (bound)", "DIG-ZSL, oracle \u03bb"]
   assert rows["CLIP zero-shot"][:5] == ["60.2", "41.0", "60.0", "48.7", "0.20"]
   assert rows["DIG-ZSL, oracle \u03bb"][:5] == ["49.2", "50.0", "69.0", "58.0", "0.50"]
+
+
+def test_the_guide_is_named(finished, tmp_path):
+  ws = with_results(finished, tmp_path, lambda results: None)
+  ws.config = ws.config | {"tokens": {"initial": "a", "guide": "clip"}}
+  ws.folder = lambda name: finished.workdir / name
+  assert [name for name in table_rows(write_report(ws), "accuracy") if "guides" in name] == [
+      "CLIP zero-shot (guides the tokens)"]
 
 
 def test_stages_and_classes_keep_their_order(text):

@@ -19,6 +19,8 @@ TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
     "main": {"runs", "workspace", *TOOLS},
+    "report": {"merged_runs", *TOOLS},
+    "merged_runs": {"report_page", "files"},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
     "predict": {"runs", "workspace", *LIBRARY, *TOOLS},

@@ -37,6 +37,7 @@ from digzsl_jax.models.vit import ViT
 KINDS = ("residual", "mlp")
 AHEAD = 2  # batches that are read while one is encoded
 CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a folder
+GUIDES = ("cdm", CLIP)  # of class tokens: the trained model, or CLIP as it is
 MODELS = {"clip": CLIPModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel,
           "siglip_vision_model": SiglipVisionModel, "vit": ViT}  # by `model_type` of the folder's config.json
 
@@ -224,6 +225,15 @@ def load(encoder: Encoder, folder: os.PathLike) -> CDM:
     ValueError: the head was trained on another encoder.
   """
   return CDM(encoder, load_head(folder))
+
+
+def zero_shot(clip: CLIPModel, folder: os.PathLike) -> CDM:
+  """The model without training: CLIP's unit image embeddings, which an untrained "residual" head leaves as they are.
+
+  `folder` is that of `clip`.
+  """
+  encoder = Encoder(clip, folder)
+  return CDM(encoder, Head("residual", encoder.width, 1, encoder.projection.out_features, rngs=nnx.Rngs(0)))
 
 
 def streamed(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], Iterator[np.ndarray]]:

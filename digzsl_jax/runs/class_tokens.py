@@ -1,11 +1,11 @@
-"""Learns one token per unseen class: a vector S*, or several, whose samples the CDM recognises as that class.
+"""Learns one token per unseen class: a vector S*, or several, whose samples the guide recognises as that class.
 
 Only S* is trained and every weight is shared, so class is simply batch: a slot holds one class, all slots
 learn at once, and a slot whose class has finished takes the next one. No class ever sees another.
 
 An update of a slot (arXiv 2412.17219, section 3; its parent method is arXiv 2303.17155):
   1. `prefix`: sample `images` latents without gradient up to the last denoiser calls,
-  2. `learn`: make those calls, decode, embed with the CDM, take the cross-entropy over the unseen classes
+  2. `learn`: make those calls, decode, embed with the guide, take the cross-entropy over the unseen classes
      of cos / temperature, and let AdamW move the slot's token by its own clipped gradient.
 
 Gradient paths: `last` differentiates the last `grad_calls` calls of a whole sampling; `x0` stops at a chosen
@@ -49,6 +49,7 @@ class Settings:
       every class; one keyed by class names, such as `learned_embeds.safetensors`, must have every unseen class, and
       validation classes that it lacks start from the word.
     vectors: of S*, at consecutive positions, learnt together.
+    guide: "cdm", or "clip" for the ablation without it: the run's own CLIP as it is, and its text prototypes.
     gradient: "last" or "x0".
     sampler: "ddim", "pndm", "dpm++", "euler" or a variant of these without new noise for `last`, "" for the
       checkpoint's own; `x0` walks by DDIM.
@@ -78,6 +79,7 @@ class Settings:
   initial: str
   initial_file: str
   vectors: int
+  guide: str
   gradient: str
   sampler: str
   steps: int
@@ -101,6 +103,7 @@ class Settings:
 
   def __post_init__(self):
     prompts.check_template(self.template, token=True, field="template")
+    check(self.guide in cdm.GUIDES, "guide", self.guide, f"one of {cdm.GUIDES}")
     check(self.gradient in ("last", "x0"), "gradient", self.gradient, "'last' or 'x0'")
     for name in ("vectors", "steps", "images", "max_updates", "slots", "slots_per_body", "check_every"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -144,7 +147,7 @@ def gradient_path(settings: Settings, schedule: diffusion.Schedule) -> Path:
 
 
 class Guide(nnx.Module):
-  """The frozen models of token learning: Stable Diffusion and the CDM that judges its images."""
+  """The frozen models of token learning: Stable Diffusion and the CDM, trained or not, that judges its images."""
 
   def __init__(self, sd: stable_diffusion.StableDiffusion, discriminator: cdm.CDM):
     self.sd = sd
@@ -310,7 +313,8 @@ def task_classes(settings: Settings, ws: Workspace, task: splits.Task) -> Classe
   learnt_kl, _ = ws.token_prompts(task)
   labels_k = np.array(task.unseen)[filled_k]
   allowed_k = np.arange(rows) < len(task.unseen)
-  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, learnt_kl[filled_k], ws.prototypes_kd[labels_k],
+  prototypes_kd = ws.text_prototypes_kd if settings.guide == cdm.CLIP else ws.prototypes_kd
+  return jax.tree.map(jnp.asarray, Classes(labels_k, allowed_k, learnt_kl[filled_k], prototypes_kd[labels_k],
                                            ws.sd_tokenizer([""])[0]))
 
 
@@ -402,13 +406,15 @@ class Learner:
   """The compiled steps and what they read; one compilation serves every task."""
 
   def __init__(self, settings: Settings, ws: Workspace, discriminator: Callable[[str], cdm.CDM]):
-    """`discriminator` gives the CDM of a task's name."""
+    """`discriminator` gives the CDM of a task's name; it is not asked where the guide is "clip"."""
     self.settings, self.ws, self.discriminator = settings, ws, discriminator
     path = gradient_path(settings, ws.schedule)
     self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
 
   def _graphdef_and_params(self, task: str) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(Guide(self.ws.sd, self.discriminator(task)))
+    untrained = self.settings.guide == cdm.CLIP
+    guide = cdm.zero_shot(self.ws.clip, self.ws.model_paths["clip"]) if untrained else self.discriminator(task)
+    return nnx.split(Guide(self.ws.sd, guide))
 
   def frozen(self, task: splits.Task) -> Frozen:
     """A task's classes, and the frozen models with its own CDM."""

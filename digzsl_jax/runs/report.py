@@ -77,10 +77,10 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
     raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")
   results = files.read_json(path)
   made = lambda part, *arguments: part(*arguments) if ws.dataset.has_images else None
-  parts = [header(results, ws), headline(results, settings.published), protocol(results, ws.dataset.notes),
-           made(grids, results, ws, settings), class_bars(results, ws.dataset.names), made(token_map, ws),
-           made(loss_curves, ws), lambda_curves(results), images_curve(results), stage_times(results, ws.stages),
-           appendix(results, ws.config)]
+  parts = [header(results, ws), headline(results, settings.published, ws.config["tokens"]["guide"]),
+           protocol(results, ws.dataset.notes), made(grids, results, ws, settings),
+           class_bars(results, ws.dataset.names), made(token_map, ws), made(loss_curves, ws), lambda_curves(results),
+           images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
   text = page.page(title(results), *parts)
   files.write_text(ws.workdir / "report.html", text)
   return {"bytes": len(text)}
@@ -161,12 +161,13 @@ def alarm(results: Mapping) -> Html | None:
              f"{', '.join(falls)}.", class_="alarm")
 
 
-def baseline_rows(baselines: Mapping) -> Iterator[tuple[str | None, str, Mapping]]:
-  """(CSS class, name, entry) of each baseline but plain_sd."""
-  guide = baselines.get("cdm_prototype")  # the same numbers as those of the kind that guides the tokens
+def baseline_rows(baselines: Mapping, guide: str) -> Iterator[tuple[str | None, str, Mapping]]:
+  """(CSS class, name, entry) of each baseline but plain_sd; `guide` is that of the config."""
+  chosen = baselines.get("cdm_prototype")  # the same numbers as those of the kind of head that the config names
   for key, entry in ordered(baselines, BASELINES).items():
     name = BASELINES.get(key, spoken(key))
-    if key.startswith("cdm_prototype_") and entry == guide:
+    of_cdm = key.startswith("cdm_prototype_") and entry == chosen
+    if of_cdm if guide == "cdm" else key == "clip_zero_shot":
       name += " (guides the tokens)"
     if key not in ("plain_sd", "cdm_prototype"):
       yield "real" if key == "real_images" else None, name, entry
@@ -176,7 +177,7 @@ def spoken(key: str) -> str:
   return key.replace("_", " ")
 
 
-def headline(results: Mapping, published: Sequence) -> Html:
+def headline(results: Mapping, published: Sequence, guide: str) -> Html:
   """The table of results: ours, plain, difference, baselines, oracle, published."""
   generated, plain = results.get("generated", {}), baseline(results, "plain_sd")
   agreements = [key for key in AGREEMENTS if page.known(generated.get(key))]
@@ -191,7 +192,7 @@ def headline(results: Mapping, published: Sequence) -> Html:
     base = scores(plain) | {key: generated.get(f"plain_sd_{key}") for key in agreements}
     changes = ("" if key == "lambda" else page.change(ours[key], base[key]) for key in columns)
     rows += [row("plain", PLAIN, base), ("delta", ["Difference in points", *changes])]
-  baselines = baseline_rows(results.get("baselines", {}))
+  baselines = baseline_rows(results.get("baselines", {}), guide)
   rows += [row(kind, name, scores(entry)) for kind, name, entry in baselines]
   rows += [row("oracle", f"{name.split(',')[0]}, oracle \u03bb", scores(entry, "gzsl_oracle"))
            for name, entry in ((ours_name(results), results), (PLAIN, plain)) if "gzsl_oracle" in entry]
@@ -204,7 +205,7 @@ def headline(results: Mapping, published: Sequence) -> Html:
     tag("p", "All in percent. T1: mean per-class accuracy among the unseen classes. U and S: that of unseen "
         "and of seen test pictures among all classes; H: their harmonic mean; \u03bb: the calibration, "
         "chosen on validation classes. CDM and Judge: generated pictures recognised as their class, by the "
-        "guide and a classifier that never guides, exactly or up to words that captions mix up. Bounds, "
+        "CDM and a classifier that never guides, exactly or up to words that captions mix up. Bounds, "
         "not results: \u201creal images\u201d trains the same classifier on real pictures of the unseen "
         "classes, and an oracle row chooses \u03bb on the test pictures.", class_="note"))
 
@@ -331,7 +332,7 @@ def loss_curves(ws: Workspace) -> Html | None:
   if "validation" in panels:
     panels["validation"] = tag("details", tag("summary", "Validation classes"), panels["validation"])
   keys = page.legend(("learned", "loss (numbers on the axis)"),
-                     ("other", "CDM accuracy, bottom 0, top 100 %"), ("real", "step whose token is kept"))
+                     ("other", "the guide's accuracy, bottom 0, top 100 %"), ("real", "step whose token is kept"))
   return page.section(
     "losses", "Token learning", "One panel per class, those of a task on one axis: a falling line and a rising thin "
     "one mean that the token leads the generator to the class, a flat pair that it never did.", keys,
@@ -339,7 +340,7 @@ def loss_curves(ws: Workspace) -> Html | None:
 
 
 def loss_panel(name: str, curve: Mapping, limit: float) -> Html:
-  """Loss of one class up to `limit`, CDM accuracy, and the step whose token is kept."""
+  """Loss of one class up to `limit`, the guide's accuracy, and the step whose token is kept."""
   loss, accuracy, kept = curve["loss"], curve.get("accuracy", []), curve.get("best_step")
   axes = page.Axes(230, 120, (0, max(len(loss) - 1, 1)), (0, limit), (28, 8, 6, 18))
   share = dataclasses.replace(axes, y_range=(0, 1))
@@ -375,18 +376,10 @@ def lambda_panel(title: str, points: Sequence[Mapping], entry: Mapping) -> Html:
     if (gzsl in entry or name == "chosen") and page.known(found["lambda"]) and xs[0] <= found["lambda"] <= xs[-1]:
       text = f"{name} {found['lambda']:.3g}, H {page.number(found['H'])}"
       parts.append(axes.vertical(found["lambda"], kind, text, lift))
-  lines = {name.lower(): (f"{name} ", [point.get(name) for point in points]) for name in "USH"
+  lines = {name.lower(): (f"{name} ", xs, [point.get(name) for point in points]) for name in "USH"
            if page.known(points[-1].get(name))}
   return tag("figure", tag("h3", title),
-             axes.svg(f"{title}: U, S, H against \u03bb", *parts, ended_curves(axes, xs, lines)))
-
-
-def ended_curves(axes: page.Axes, xs: Sequence[float], lines: Mapping[str, tuple[str, Sequence]]) -> Html:
-  """A curve for each CSS class, at its end what it is called and its last value, none over another."""
-  heights = page.spread([axes.y(ys[-1]) + 4 for _, ys in lines.values()], 13)
-  return join(*(join(axes.curve(xs, ys, kind), tag("text", f"{name}{ys[-1]:.1f}", x=axes.x(xs[-1]) + 6, y=height,
-                                                   class_=f"value {kind}"))
-                for (kind, (name, ys)), height in zip(lines.items(), heights)))
+             axes.svg(f"{title}: U, S, H against \u03bb", *parts, page.ended_curves(axes, lines)))
 
 
 def images_curve(results: Mapping) -> Html | None:
@@ -396,13 +389,13 @@ def images_curve(results: Mapping) -> Html | None:
     return None
   counts = [point["images"] for point in next(iter(found.values()))]  # the same for every source
   axes = page.Axes(500, 290, (0, counts[-1]), (0, 100), (34, 62, 20, 34))
-  lines = {source: ("", [point["T1"] for point in points]) for source, points in found.items()}
+  lines = {source: ("", counts, [point["T1"] for point in points]) for source, points in found.items()}
   return page.section(
     "images-curve", "Number of generated images", "T1 of classifiers trained with fewer generated images of each "
     "unseen class: where a line is flat, more of the same images would not help.",
     page.legend(*((source, SOURCES[source]) for source in found)),
     tag("figure", axes.svg("T1 against generated images", axes.frame("generated images of a class"),
-                           ended_curves(axes, counts, lines))))
+                           page.ended_curves(axes, lines))))
 
 
 def duration(seconds: float) -> str:
