@@ -1,4 +1,4 @@
-"""Measures the classifiers and the generated images, and writes `results.json`.
+"""Measures the classifiers and the generated images, and writes `results.json`, with what stage quality measured.
 
 Accuracies follow `metrics.py`; in the file they are in percent. Whatever must be chosen (lambda) is chosen
 on the validation task, whose unseen classes are seen classes of the data set; what is chosen on test
@@ -23,7 +23,7 @@ from digzsl_jax.models import cdm, hub, judge
 from digzsl_jax.models.classifier import Classifier
 from digzsl_jax.workspace import Workspace, check
 
-NEEDS = ("cdm", "generate", "classifier")
+NEEDS = ("cdm", "generate", "classifier", "quality")
 MODELS = ("clip", "encoder", "judge")
 METHODS = {"learned": "dig_zsl", "plain": "plain_sd", "real": "real_images"}  # by source of unseen images
 CHOSEN, ORACLE = "validation classes", "test (oracle)"
@@ -233,6 +233,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
       "seed": ws.seed, "validation": measured["validation"], "devices": logs.devices(ws.mesh.devices.flat),
       "images_curve": images_curve(ws, scores["test"], real),
       "lambda_curve": {source: points(curves["test"][METHODS[source]]) for source in ("learned", "plain")},
+      "quality": {key: value for key, value in ws.stages["quality"].results().items() if key != "seconds"},
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items()
                   if stage.done}}
   files.write_json(ws.workdir / "results.json", results)
