@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from digzsl_jax import checkpoint, files
+from digzsl_jax import checkpoint, files, report_quality
 from digzsl_jax import report_page as page
 from digzsl_jax.data import generated as generated_images
 from digzsl_jax.data import images
@@ -37,7 +37,6 @@ BASELINES = {"cdm_prototype_residual": "CDM prototype, residual", "cdm_prototype
              "clip_zero_shot": "CLIP zero-shot", "real_images": "Real images (bound)"}
 WITHOUT_IMAGES = {"cdm_prototype": "CDM prototypes", "clip_zero_shot": "those of CLIP"}
 AGREEMENTS = {"cdm_agreement": "CDM", "judge_agreement": "Judge", "judge_pair_agreement": "Judge (pair)"}
-DISTANCES = {"fid": ("FID", 2), "kid": ("KID", 5), "cmmd": ("CMMD", 3)}  # name and decimals
 STOPS = {"accuracy": "target reached", "patience": "no more progress", "cap": "step limit", "nan": "diverged"}
 
 
@@ -76,7 +75,8 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
     raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")
   results = files.read_json(path)
   parts = [header(results, ws), headline(results, settings.published), grids(results, ws, settings),
-           image_quality(results, ws.dataset.names), class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws), lambda_curves(results),
+           report_quality.section(results.get("quality"), ws.dataset.names, SOURCES),
+           class_bars(results, ws.dataset.names), token_map(ws), loss_curves(ws), lambda_curves(results),
            images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
   text = page.page(f"DIG-ZSL on {results['dataset']}", *parts)
   files.write_text(ws.workdir / "report.html", text)
@@ -259,46 +259,6 @@ def class_bars(results: Mapping, names: Sequence[str]) -> Html | None:
     "classes", "Accuracy by class", "T1 of each unseen class in percent: between the bars lies what the "
     "token brought, between bar and stroke what generation still lacks.", keys,
     page.bars(rows, series, 100, "T1 by class", [real.get(name) for name, _ in rows]))
-
-
-def image_quality(results: Mapping, names: Sequence[str]) -> Html | None:
-  """Distances of the generated images from real ones, of all together and of each class."""
-  if not (found := results.get("quality")):
-    return None
-  shown = {source: found[source] for source in SOURCES if source in found}
-  metrics = [metric for metric in DISTANCES if any(metric in values for values in shown.values())]
-  rows = [(source, [SOURCES[source], *(distance(values, metric) for metric in metrics)])
-          for source, values in shown.items()]
-  per_class, charts = ordered(found["per_class"], names), []
-  series = [(source, SOURCES[source]) for source in ("plain", "learned") if source in shown]
-  for metric, (label, digits) in DISTANCES.items():
-    bars = [(name, [entry[source].get(metric) for source, _ in series]) for name, entry in per_class.items()]
-    if known := [value for _, values in bars for value in values if page.known(value)]:
-      charts += [tag("h3", f"{label} by class"),
-                 page.bars(bars, series, max(*known, 1e-9), f"{label} by class", digits=digits)]
-  counts = found["images"]
-  each = [f"{min(of_side)} to {max(of_side)}" if len(of_side) > 1 else f"{min(of_side)}" for of_side in (
-      {entry["images"][side] for entry in per_class.values()} for side in ("real", "generated"))]
-  notes = [f"{counts['real']} real and {counts['generated']} generated pictures of each row, {each[0]} and {each[1]} "
-           f"of a class. CMMD is by the run's own CLIP, {found['clip']}: it compares with published numbers only where "
-           "that is their ViT-L/14 at 336 pixels."]
-  if "fid" in metrics:
-    notes.append("FID of so few pictures is far too high and compares with nothing but a FID of as many; it wants ten "
-                 "thousand." if min(counts.values()) < 10_000 else "FID compares with a FID of as many pictures.")
-    notes.append(f"FID and KID: Inception's input resized by \u201c{found['resize']}\u201d; \u00b1 is the spread of "
-                 "KID's subsets; KID can be below 0.")
-  return page.section(
-    "quality", "Image quality", "How far the generated pictures of the unseen classes are from real test pictures of "
-    "them: lower is nearer. Nothing was chosen by these numbers.",
-    page.table(["", *(f"{DISTANCES[metric][0]} (lower is better)" for metric in metrics)], rows, wide=False),
-    tag("p", " ".join(notes), class_="note"), page.legend(*series), *charts)
-
-
-def distance(values: Mapping, metric: str) -> str:
-  """A distance of `results.quality`, that of KID with its spread."""
-  digits = DISTANCES[metric][1]
-  spread = f" \u00b1 {page.number(values.get('kid_std'), digits)}" if metric == "kid" else ""
-  return page.number(values.get(metric), digits) + spread
 
 
 def token_map(ws: Workspace) -> Html | None:
