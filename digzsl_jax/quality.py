@@ -4,10 +4,10 @@
   KID   squared maximum mean discrepancy of Inception's features, polynomial kernel (arXiv 1801.01401)
   CMMD  the same of CLIP's unit image embeddings, Gaussian kernel (arXiv 2401.09603)
 
-Inception's features come from `models/inception.py`, CLIP's from `models/cdm.py`, whose `streamed` runs
-either over many images. FID of few images is far too high (its bias falls with one over their number, and the
-covariance wants more images than the 2048 features), so it is for ten thousand images and not for one class; KID has
-no bias, and CMMD's is small, so these serve for single classes.
+Inception's features come from `models/inception.py`, CLIP's from `models/cdm.py`, whose `streamed` runs either over
+many images. FID of few images is far too high (its bias falls with one over their number, and the covariance wants more
+images than the 2048 features), so it is for ten thousand images and not for one class; KID has no bias, and CMMD's is
+small from about a hundred images on, so these serve for single classes.
 
 Everything here is computed in float64 on the host.
 
