@@ -49,7 +49,7 @@ def dig_zsl() -> config_dict.ConfigDict:
   return config_dict.create(
       method="dig_zsl",
       seed=0,
-      stages=("cdm", "tokens", "generate", "classifier", "evaluate", "report"),
+      stages=("cdm", "tokens", "generate", "classifier", "quality", "evaluate", "report"),
       data=dict(name="scenes", world=0, train_per_class=60, test_per_class=40, seed=0),
       models=dict(clip="embedded:scenes/clip", sd="embedded:scenes/sd", vae="",
                   judge="embedded:scenes/judge", dtype="float32", prototypes="text",
@@ -65,6 +65,8 @@ def dig_zsl() -> config_dict.ConfigDict:
           slots=12, slots_per_body=6, check_every=10, remat=False),
       generate=dict(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=32),
       classifier=dict(features="all", hidden=0, images=24, steps=300, learning_rate=0.01, weight_decay=1e-4),
+      quality=dict(inception="",  # its file, converted once, gives FID and KID: docs/image_quality.md
+                   resize="bilinear"),
       evaluate=dict(lambdas=101),
       report=dict(images_per_class=8, thumbnail=48, published=()),
   ).lock()

@@ -10,12 +10,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digzsl_jax import checkpoint, cli, logs, mesh
-from digzsl_jax.runs import cdm, class_tokens, classifier, evaluate, generate, pretrain, report
+from digzsl_jax.runs import cdm, class_tokens, classifier, evaluate, generate, pretrain, quality, report
 from digzsl_jax.workspace import Workspace, parse
 
-STAGES = {"cdm": cdm, "tokens": class_tokens, "generate": generate, "classifier": classifier, "evaluate": evaluate,
-          "report": report}
-OF_IMAGES = {"tokens", "generate"}  # the stages that a data set of features does without
+STAGES = {"cdm": cdm, "tokens": class_tokens, "generate": generate, "classifier": classifier, "quality": quality,
+          "evaluate": evaluate, "report": report}
+OF_IMAGES = {"tokens", "generate", "quality"}  # the stages that a data set of features does without
 SHARED = {"method", "seed", "stages", "data", "models", "mesh"}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment; its fields are overridden by dots.")

@@ -34,10 +34,10 @@ PARTS = {  # title: {column: path in results.json}
         "plain SD judge pair agr.": "generated.plain_sd_judge_pair_agreement",
     },
     "Quality of generated images": {
-        "CMMD": "quality.cmmd",
-        "plain SD CMMD": "quality.plain_sd_cmmd",
-        "FID": "quality.fid",
-        "plain SD FID": "quality.plain_sd_fid",
+        "CMMD": "quality.learned.cmmd",
+        "plain SD CMMD": "quality.plain.cmmd",
+        "FID": "quality.learned.fid",
+        "plain SD FID": "quality.plain.fid",
     },
     "Without generated images, and the bound": {
         "residual CDM prototype T1": "baselines.cdm_prototype_residual.czsl.T1",

@@ -4,24 +4,21 @@
   KID   squared maximum mean discrepancy of Inception's features, polynomial kernel (arXiv 1801.01401)
   CMMD  the same of CLIP's unit image embeddings, Gaussian kernel (arXiv 2401.09603)
 
-Inception's features come from `models/inception.py`, CLIP's from `models/cdm.py`. FID of few images is far too high
-(its bias falls with one over their number, and the covariance wants more images than the 2048 features), so it is for
-ten thousand images and not for one class; KID has no bias, and CMMD's is small, so these serve for single classes.
+Inception's features come from `models/inception.py`, CLIP's from `models/cdm.py`, whose `streamed` runs either over
+many images. FID of few images is far too high (its bias falls with one over their number, and the covariance wants more
+images than the 2048 features), so it is for ten thousand images and not for one class; KID has no bias, and CMMD's is
+small from about a hundred images on, so these serve for single classes.
 
 Everything here is computed in float64 on the host.
 
-Shapes: n m image, d feature, s subset, r row, k class, i j height and width, c colour.
+Shapes: n m image, d feature, s subset, r row, k class.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 CMMD_SIGMA, CMMD_SCALE = 10, 1000
 BLOCK = 2048  # rows of a kernel's matrix at a time
@@ -230,49 +227,6 @@ def by_class(distance: Callable[[np.ndarray, np.ndarray], float], real_nd: np.nd
     except ValueError as error:
       raise ValueError(f"class {name}: {error}") from error
   return out
-
-
-def features(model: nnx.Module, images: Iterable[np.ndarray], batch: int = 64) -> Iterator[np.ndarray]:
-  """Feature rows of a stream of images, in its order, for `Moments.update` or `np.concatenate`.
-
-  Args:
-    model: maps images in [-1, 1] to rows `[b, d]`: `InceptionV3`, or an `Encoder` of `models/cdm.py`, whose last
-      columns are CLIP's unit embeddings.
-    images: uint8 `[n, i, j, c]` of any n, and i, j, c all the same.
-    batch: of the compiled model; the last one is filled up.
-
-  Yields:
-    float32 `[batch, d]`, at the end fewer rows.
-
-  Raises:
-    ValueError: images that are not uint8, or of different sizes.
-  """
-  graphdef, params = nnx.split(model)
-  for rows_bijc in _rebatched(images, batch):
-    missing = batch - len(rows_bijc)
-    filled = np.concatenate([rows_bijc, np.repeat(rows_bijc[-1:], missing, axis=0)]) if missing else rows_bijc
-    yield np.asarray(_apply(graphdef, params, filled))[:len(rows_bijc)]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _apply(graphdef: nnx.GraphDef, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
-  return nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
-
-
-def _rebatched(images: Iterable[np.ndarray], batch: int) -> Iterator[np.ndarray]:
-  waiting = None
-  for more_nijc in images:
-    if more_nijc.dtype != np.uint8 or more_nijc.ndim != 4:
-      raise ValueError(f"images are uint8 [n, i, j, c], not {more_nijc.dtype} {list(more_nijc.shape)}")
-    if waiting is not None and waiting.shape[1:] != more_nijc.shape[1:]:
-      raise ValueError(f"images of {list(more_nijc.shape[1:])} after some of {list(waiting.shape[1:])}: take each size "
-                       "by itself")
-    waiting = more_nijc if waiting is None else np.concatenate([waiting, more_nijc])
-    while len(waiting) >= batch:
-      yield waiting[:batch]
-      waiting = waiting[batch:]
-  if waiting is not None and len(waiting):
-    yield waiting
 
 
 def _members(rows: int, subsets: Sequence[np.ndarray]) -> np.ndarray:

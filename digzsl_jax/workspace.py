@@ -18,7 +18,7 @@ from flax import nnx
 from digzsl_jax import checkpoint, diffusion, features, losses, mesh
 from digzsl_jax.data import datasets, feature_files, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
-from digzsl_jax.models import cdm, clip, download, hub, judge, layers, stable_diffusion
+from digzsl_jax.models import cdm, clip, download, hub, inception, judge, layers, stable_diffusion
 
 T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
@@ -29,7 +29,8 @@ TEXTS = 256  # prompts that are encoded at once
 WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
-           "judge": download.ENCODER, "encoder": download.ENCODER}
+           "judge": download.ENCODER, "encoder": download.ENCODER, "inception": download.Layout(())}
+INCEPTION_BATCH = 64  # smaller than others': its first activations are 5.5 MB an image
 
 
 def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -58,9 +59,16 @@ def check(good: bool, field: str, value: Any, legal: str) -> None:
 def resolve(name: str, field: str) -> pathlib.Path:
   """Where a checkpoint is: a local one, one of the hub, or `embedded:world/name`, which ships with the package.
 
+  That of Inception is a local file.
+
   Raises:
     ValueError: there is none, or it is not whole; the message names `field`, as "models.clip".
   """
+  if field == "quality.inception":
+    try:
+      return inception.locate(name)
+    except hub.CheckpointError as error:
+      raise ValueError(f"config.{field}: {error}") from error
   path = str(WORLDS / name.removeprefix(EMBEDDED)) if name.startswith(EMBEDDED) else name
   try:
     return download.locate(path, LAYOUTS[field.rpartition(".")[2]])
@@ -149,6 +157,7 @@ class Workspace:
     encoder = self.config["cdm"]["encoder"]
     names = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "vae", "judge")}
     names["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
+    names["quality.inception"] = self.config["quality"]["inception"]
     return {field: name for field, name in names.items() if name}
 
   @functools.cached_property
@@ -169,7 +178,7 @@ class Workspace:
     """Of the files that are read of each checkpoint, None where the config names none, and of `initial_file`."""
     found = dict.fromkeys(LAYOUTS)
     for name, path in self.model_paths.items():
-      if path.is_file():
+      if name == "sd" and path.is_file():
         stable_diffusion.tokenizer_folder(path)  # raises where there is none
       folder = path.parent if path.is_file() else path
       found[name] = checkpoint.fingerprint_files(folder, download.files(path, LAYOUTS[name]))
@@ -327,14 +336,23 @@ class Workspace:
     return cdm.load_encoder(self.model_paths.get("encoder", cdm.CLIP), self.clip, self.model_paths["clip"],
                             dtype=self.models.dtype)
 
+  @functools.cached_property
+  def inception(self) -> inception.InceptionV3:
+    """FID's network, in float32 as in published numbers."""
+    return inception.load(self.model_paths["inception"], resize=self.config["quality"]["resize"])
+
   def extractor(self, model: str) -> features.Extractor:
-    """Feature rows of the CDM's "encoder" or of the run's own "clip"."""
+    """Feature rows of the CDM's "encoder", of the run's own "clip", or of FID's "inception"."""
+    cache = self.config["cdm"]["cache"]
+    folder = pathlib.Path(cache).expanduser() if cache else None
+    if model == "inception":
+      key = {"weights": self.model_fingerprints[model], "preprocess": self.inception.resize, "dtype": "float32"}
+      return features.Extractor(cdm.streamed(self.inception, INCEPTION_BATCH), key, folder, self.log)
     own = model == "clip" or "encoder" not in self.model_paths
     encoder = cdm.Encoder(self.clip, self.model_paths["clip"]) if own else self.cdm_encoder
     weights = self.model_fingerprints["clip"]["files"] if own else self.model_fingerprints["encoder"]
     key = {"weights": weights, "preprocess": str(encoder.preprocess), "dtype": self.models.dtype}
-    cache = self.config["cdm"]["cache"]
-    return features.Extractor(cdm.streamed(encoder), key, pathlib.Path(cache).expanduser() if cache else None, self.log)
+    return features.Extractor(cdm.streamed(encoder), key, folder, self.log)
 
   def abstract_features(self, labelled: splits.Labelled) -> jax.ShapeDtypeStruct:
     """Shape of the feature rows of a part of the data set, without computing any."""

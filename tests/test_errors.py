@@ -145,6 +145,8 @@ def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_pa
       ("generate", "sampler", "heun", "config.generate: .*'heun' is not supported"),
       ("tokens", "vectors", 99, "config.tokens: {token} of .*: shorten the template or take fewer vectors"),
       ("tokens", "initial_file", "nowhere", "config.tokens.initial_file is 'nowhere', but there is no such file"),
+      ("quality", "resize", "nearest", "config.quality.resize is 'nearest'; it must be one of .'bilinear', "),
+      ("quality", "inception", "nowhere", "config.quality.inception: no safetensors file nowhere .*digzsl_jax.convert"),
       ("classifier", "images", 99, "config.classifier: images is 99, but config.generate.images is 2"),
       ("data", "train_per_class", -1, "config.data.train_per_class is -1"),
       ("data", "world", -1, "config.data: ")]:

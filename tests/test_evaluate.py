@@ -19,6 +19,7 @@ NAMES = ("red", "green", "blue", "yellow", "cyan", "pink")
 COLOURS = np.array([[220, 20, 20], [20, 220, 20], [20, 20, 220], [200, 200, 20], [20, 200, 200],
                     [200, 20, 200]])
 MADE = 4
+QUALITY = {"learned": {"cmmd": 0.2}, "plain": {"cmmd": 0.3}}
 TRAINING = run_classifier.Settings("pooled", 0, MADE, 200, 0.1, 0.0)
 
 
@@ -89,6 +90,8 @@ def run_stages(ws, monkeypatch):
   run_classifier.run(TRAINING, ws, ws.workdir / "classifier")
   ws.stages["cdm"] = checkpoint.Stage(ws.workdir / "cdm", {})
   ws.stages["cdm"].finish({"seconds": 1.5})
+  ws.stages["quality"] = checkpoint.Stage(ws.workdir / "quality", {})
+  ws.stages["quality"].finish(QUALITY | {"seconds": 0.5})
   ws.stages["evaluate"] = checkpoint.Stage(ws.workdir / "evaluate", {})  # unfinished
   evaluate.run(evaluate.Settings(lambdas=21), ws, ws.workdir / "evaluate")
   return json.loads((ws.workdir / "results.json").read_text())
@@ -103,7 +106,8 @@ def results(tmp_path_factory):
 def test_headline(results):
   assert results["dataset"] == "colours" and results["seed"] == 3
   assert results["classes"] == {"seen": 4, "unseen": 2}
-  assert results["seconds"] == {"cdm": 1.5}
+  assert results["seconds"] == {"cdm": 1.5, "quality": 0.5}
+  assert results["quality"] == QUALITY
   assert results["czsl"] == {"T1": 100, "T1_per_image": 100, "per_class": {"cyan": 100, "blue": 100}}
   assert results["gap_closed"] == 1 and results["method"] == "dig_zsl"
   assert results["baselines"]["plain_sd"]["czsl"]["T1"] == 0

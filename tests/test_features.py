@@ -3,6 +3,7 @@
 import pathlib
 import threading
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -116,6 +117,32 @@ def test_hosts_encode_their_share(images, tmp_path, monkeypatch):
     encoder = Encoder()
     np.testing.assert_array_equal(extract(images, encoder, tmp_path), rows)
     assert encoder.seen == 6
+
+
+class Mean(nnx.Module):
+  """Of each colour; counts how often it is traced."""
+
+  traced = []
+
+  def __init__(self):
+    self.gain = nnx.Param(jnp.ones(()))
+
+  def __call__(self, images_bijc):
+    self.traced.append(images_bijc.shape)
+    return self.gain[...] * images_bijc.mean((1, 2))
+
+
+def test_features_of_a_stream():
+  images = np.random.default_rng(0).integers(0, 256, (23, 4, 5, 3), np.uint8)
+  Mean.traced.clear()
+  for _ in range(2):
+    out = list(cdm.streamed(Mean(), batch=8)(images))
+    assert [len(part) for part in out] == [8, 8, 7]
+    np.testing.assert_allclose(np.concatenate(out), images.mean((1, 2)) / 127.5 - 1, atol=1e-6)
+  assert Mean.traced == [(8, 4, 5, 3)]  # compiled once for all
+  assert list(cdm.streamed(Mean())(images[:0])) == []
+  with pytest.raises(ValueError, match="uint8"):
+    list(cdm.streamed(Mean())(np.zeros((1, 4, 4, 3))))
 
 
 def test_files_are_decoded_ahead_and_encoded_like_arrays(images):

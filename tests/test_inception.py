@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from digzsl_jax import quality
-from digzsl_jax.models import hub, inception
+from digzsl_jax.models import cdm, hub, inception
 from tests.inception_weights import photographs, random_tensors
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "inception.npz")["bilinear"]
@@ -24,7 +23,7 @@ def weights(tmp_path_factory):
 
 
 def test_golden_features(weights):
-  [got_bd] = quality.features(inception.load(weights), [photographs(60, 80)], batch=2)
+  [got_bd] = cdm.streamed(inception.load(weights), batch=2)(photographs(60, 80))
   print(f"{np.abs(got_bd - GOLDEN).max():.1e} of {GOLDEN.max():.1f}")
   assert got_bd.shape == GOLDEN.shape == (2, inception.WIDTH) and GOLDEN.std() > 0.2
   np.testing.assert_allclose(got_bd, GOLDEN, rtol=0, atol=1e-5)

@@ -86,7 +86,8 @@ def test_data_sets_have_tables_of_their_own(tmp_path, capsys):
 
 def test_quality_has_its_columns(tmp_path, capsys):
   for seed, cmmd in enumerate((0.52, 0.56)):
-    write_run(tmp_path / str(seed), 50.0, seed=seed, quality={"cmmd": cmmd, "plain_sd_cmmd": 1.0, "fid": 40.0 + seed})
+    write_run(tmp_path / str(seed), 50.0, seed=seed,
+              quality={"learned": {"cmmd": cmmd, "fid": 40.0 + seed}, "plain": {"cmmd": 1.0}})
   found = rows(run(tmp_path, capsys=capsys)[1])["as configured"]
   assert (found["CMMD"], found["plain SD CMMD"], found["FID"]) == ("0.54 \u00b1 0.03", "1.00 \u00b1 0.00",
                                                                  "40.5 \u00b1 0.7")

@@ -1,9 +1,7 @@
-"""FID, KID and CMMD where the answer is known without another implementation, and features of streams."""
+"""FID, KID and CMMD where the answer is known without another implementation."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from digzsl_jax import quality
 
@@ -128,33 +126,7 @@ def broken(rows_nd, value=np.nan):
     (lambda: quality.scores({"inception": rows(9)}, {"clip": rows(9)}), "must be the same"),
     (lambda: quality.scores({"vit": rows(9)}, {"vit": rows(9)}), "must be the same"),
     (lambda: quality.by_class(quality.cmmd, np.eye(6), np.zeros(6), np.eye(6), np.ones(6), ["cat"]), "class cat: 0 im"),
-    (lambda: list(quality.features(Mean(), [np.zeros((1, 4, 4, 3))])), "uint8"),
-    (lambda: list(quality.features(Mean(), [np.zeros((1, n, 4, 3), np.uint8) for n in (4, 5)])), r"\[5, 4, 3\] after"),
 ])
 def test_mistakes(call, said):
   with pytest.raises(ValueError, match=said):
     call()
-
-
-class Mean(nnx.Module):
-  """Of each colour; counts how often it is traced."""
-
-  traced = []
-
-  def __init__(self):
-    self.gain = nnx.Param(jnp.ones(()))
-
-  def __call__(self, images_bijc):
-    self.traced.append(images_bijc.shape)
-    return self.gain[...] * images_bijc.mean((1, 2))
-
-
-def test_features_of_a_stream():
-  images = np.random.default_rng(0).integers(0, 256, (23, 4, 5, 3), np.uint8)
-  Mean.traced.clear()
-  for sizes in [(23,), (1, 9, 0, 13), (8, 8, 7), (16, 7)]:
-    out = list(quality.features(Mean(), np.split(images, np.cumsum(sizes)[:-1]), batch=8))
-    assert [len(part) for part in out] == [8, 8, 7]
-    np.testing.assert_allclose(np.concatenate(out), images.mean((1, 2)) / 127.5 - 1, atol=1e-6)
-  assert Mean.traced == [(8, 4, 5, 3)]  # compiled once for all
-  assert list(quality.features(Mean(), [])) == []

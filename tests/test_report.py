@@ -19,7 +19,7 @@ SETTINGS = report.Settings(images_per_class=8, thumbnail=96, published=())
 TEST = ("plain crimson star", "plain orange star", "striped gold cross", "checked teal <ring> & \"co\"",
         "plain crimson triangle", "striped green ring")
 VALIDATION = ("plain teal circle", "striped violet square", "checked gold star")
-SECTIONS = ("accuracy", "pictures", "classes", "tokens", "losses", "lambda-curve",
+SECTIONS = ("accuracy", "pictures", "quality", "classes", "tokens", "losses", "lambda-curve",
             "images-curve", "times", "appendix")
 
 
@@ -51,13 +51,21 @@ def fake_results(rng) -> dict:
       "cdm_prototype": residual, "cdm_prototype_residual": residual,
       "cdm_prototype_mlp": entry(80.5, 68.0, 80.0, 0.3),
       "plain_sd": plain, "real_images": entry(89.4, 84.0, 86.0, 0.1)},
-    "generated": agreement | {"per_class": per_class},
+    "generated": agreement | {"per_class": per_class}, "quality": fake_quality(),
     "validation": {"czsl": {"T1": 51.0}, "gzsl": {"U": 44.0, "S": 70.0, "H": 54.0}},
     "lambda_curve": {"learned": curve(0.3), "plain": curve(0.45)},
     "images_curve": {source: [{"images": n, "T1": t1 - 20 / n} for n in (3, 6, 12, 24)]
                      for source, t1 in (("learned", 49.2), ("plain", 33.1))},
     "seconds": {"cdm": 12.1, "tokens": 184.3, "generate": 61.0, "classifier": 9.4, "evaluate": 1.2},
     "devices": "1 x cpu"}
+
+
+def fake_quality() -> dict:
+  per_class = {name: {"images": {"real": 10 + k, "generated": 24}, "plain": {"kid": None, "cmmd": 0.5 * k},
+                      "learned": {"kid": 0.01 * k - 0.02, "cmmd": 0.25 * k}} for k, name in enumerate(TEST)}
+  return {"clip": "embedded:scenes/clip", "resize": "bilinear", "images": {"real": 75, "generated": 144},
+          "learned": {"fid": 31.234, "kid": 0.0012, "kid_std": 0.00034, "cmmd": 0.4567},
+          "plain": {"fid": 42.1, "kid": -0.0021, "kid_std": 0.00045, "cmmd": 0.789}, "per_class": per_class}
 
 
 def fake_dataset() -> splits.Dataset:
@@ -198,6 +206,31 @@ def test_the_guide_is_named(finished, tmp_path):
   ws.folder = lambda name: finished.workdir / name
   assert [name for name in table_rows(write_report(ws), "accuracy") if "guides" in name] == [
       "CLIP zero-shot (guides the tokens)"]
+
+
+def test_image_quality(text):
+  assert table_rows(text, "quality") == {
+      "": ["FID, lower is better", "KID, lower is better", "CMMD, lower is better"],
+      report.OURS: ["31.23", "0.00120 \u00b1 0.00034", "0.457"],
+      report.PLAIN: ["42.10", "-0.00210 \u00b1 0.00045", "0.789"]}
+  part = html.unescape(text.split('id="quality"')[1].split("</section>")[0])
+  assert "144 generated pictures (24 of a class) with 75 real pictures (10 to 15 of a class)" in part
+  assert "FID of so few pictures is far too high" in part and "own CLIP, embedded:scenes/clip: it compares" in part
+  assert [name for name in re.findall(r'class="ink">(.*?)</text>', part)] == list(TEST)
+  kid = re.findall(r"<td>(.*?)</td>", part.split("KID by class")[1])
+  assert kid[:4] == ["\u2013", "-0.02000", "\u2013", "-0.01000"]
+
+
+def test_image_quality_without_inception_or_with_many_images(finished, tmp_path):
+  def without_inception(results):
+    for values in (found := results["quality"])["learned"], found["plain"]:
+      for metric in ("fid", "kid", "kid_std"):
+        del values[metric]
+
+  text = write_report(with_results(finished, tmp_path, without_inception))
+  assert table_rows(text, "quality")[report.OURS] == ["0.457"] and "KID by class" not in text and "FID" not in text
+  many = lambda results: results["quality"].update(images={"real": 10_000, "generated": 10_000})
+  assert "so few pictures" not in write_report(with_results(finished, tmp_path, many))
 
 
 def test_stages_and_classes_keep_their_order(text):

@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "quality"}
-TOOLS = {"mesh", "checkpoint", "logs", "report_page", "files", "cli"}
+TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_quality", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
     "main": {"runs", "workspace", *TOOLS},
@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "resize": set(),
     "data": {"data", "files", "resize"},
     **{tool: {"files"} - {tool} for tool in TOOLS},
+    "report_quality": {"report_page"},
 }
 NO_FILES = {"models", "diffusion", "samplers", "gaussians", "losses", "metrics", "quality", "resize"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}

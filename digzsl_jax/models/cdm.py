@@ -16,6 +16,7 @@ the encoder, p width of the text space.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -236,17 +237,25 @@ def zero_shot(clip: CLIPModel, folder: os.PathLike) -> CDM:
   return CDM(encoder, Head("residual", encoder.width, 1, encoder.projection.out_features, rngs=nnx.Rngs(0)))
 
 
-def streamed(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
-  """`encoder` as a function of uint8 images `[n, i, j, c]` that yields their features, batch by batch.
+def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
+  """`model` as a function of uint8 images `[n, i, j, c]` that yields their features, batch by batch.
 
   Batches have one shape: one compilation. The images may be any object with a length and slices that are arrays; the
   next slices are asked for in other threads while one is encoded.
+
+  Args:
+    model: maps images in [-1, 1] to rows `[b, f]`: an `Encoder`, or `InceptionV3` of `models/inception.py`.
+    batch: of the compiled model; the last one is filled up.
+
+  Raises:
+    ValueError: images that are not uint8, when they are read.
   """
-  graphdef, params = nnx.split(encoder)
-  apply = jax.jit(lambda params, images: nnx.merge(graphdef, params)(images.astype(jnp.float32) / 127.5 - 1))
+  graphdef, params = nnx.split(model)
 
   def read(images_nijc, start: int) -> tuple[np.ndarray, int]:
     rows = images_nijc[start:start + batch]
+    if rows.dtype != np.uint8 or rows.ndim != 4:
+      raise ValueError(f"images are uint8 [n, i, j, c], not {rows.dtype} {list(rows.shape)}")
     return np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]), len(rows)
 
   def stream(images_nijc):
@@ -256,7 +265,7 @@ def streamed(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], Itera
       while reading:
         padded, count = reading.popleft().result()
         reading.extend(readers.submit(read, images_nijc, start) for start in itertools.islice(starts, 1))
-        behind, encoding = encoding, (apply(params, padded), count)
+        behind, encoding = encoding, (_apply(graphdef, params, padded), count)
         if behind:  # fetched once the next batch is under way
           yield np.asarray(behind[0])[:behind[1]]
     if encoding:
@@ -265,7 +274,12 @@ def streamed(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], Itera
   return stream
 
 
-def batched(encoder: Encoder, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
+@functools.partial(jax.jit, static_argnums=0)  # outside of `streamed`, so that a second one compiles nothing
+def _apply(graphdef: nnx.GraphDef, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
+  return nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
+
+
+def batched(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
   """`streamed` with all features at once."""
-  stream = streamed(encoder, batch)
+  stream = streamed(model, batch)
   return lambda images_nijc: np.concatenate(list(stream(images_nijc)))

@@ -235,6 +235,20 @@ class InceptionV3(nnx.Module):
     return x_bijd.astype(jnp.float32).mean((1, 2))
 
 
+def locate(path: os.PathLike) -> pathlib.Path:
+  """The file, "~" expanded.
+
+  Raises:
+    CheckpointError: there is none, or it is not safetensors.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.suffix != ".safetensors" or not path.is_file():
+    raise hub.CheckpointError(f"no safetensors file {path} with the weights of FID's Inception: download {WEIGHTS} "
+                              "and convert it once with `python -m digzsl_jax.convert FILE.pth FILE.safetensors` "
+                              "(needs the extra `oracle`)")
+  return path
+
+
 def load(path: os.PathLike, *, resize: str = "bilinear", dtype=jnp.float32) -> InceptionV3:
   """The network of a safetensors file that `python -m digzsl_jax.convert` made.
 
@@ -242,10 +256,6 @@ def load(path: os.PathLike, *, resize: str = "bilinear", dtype=jnp.float32) -> I
     CheckpointError: the file is absent, damaged, or holds another network.
     ValueError: `resize` is no key of `RESIZES`.
   """
-  path = pathlib.Path(path)
-  if path.suffix != ".safetensors" or not path.is_file():
-    raise hub.CheckpointError(f"no safetensors file {path} with the weights of FID's Inception: download {WEIGHTS} "
-                              "and convert it once with `python -m digzsl_jax.convert FILE.pth FILE.safetensors` "
-                              "(needs the extra `oracle`)")
+  path = locate(path)
   model = hub.abstract(InceptionV3, {"resize": resize}, dtype=dtype)
   return hub.fill(model, hub.read_tensors(path), source=path)

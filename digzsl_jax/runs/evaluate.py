@@ -1,4 +1,4 @@
-"""Measures the classifiers and the generated images, and writes `results.json`.
+"""Measures the classifiers and the generated images, and writes `results.json`, with what stage quality measured.
 
 Accuracies follow `metrics.py`; in the file they are in percent. Whatever must be chosen (lambda) is chosen
 on the validation task, whose unseen classes are seen classes of the data set; what is chosen on test
@@ -23,7 +23,7 @@ from digzsl_jax.models import cdm, hub, judge
 from digzsl_jax.models.classifier import Classifier
 from digzsl_jax.workspace import EMBEDDED, Workspace, check
 
-NEEDS = ("cdm", "generate", "classifier")
+NEEDS = ("cdm", "generate", "classifier", "quality")
 MODELS = ("clip", "encoder", "judge")
 # By source of unseen images; the first that there is heads `results.json`, the others are its baselines.
 METHODS = {"learned": "dig_zsl", "plain": "plain_sd", "gaussian": "gaussian_features", "real": "real_images"}
@@ -258,6 +258,8 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
     for name, task in ws.tasks.items():
       measured[name]["generated"] = agreement(ws, task, made)
     measured["test"]["images_curve"] = images_curve(ws, scores["test"], real)
+    measured["test"]["quality"] = {key: value for key, value in ws.stages["quality"].results().items()
+                                   if key != "seconds"}
   results = measured["test"] | {
       "dataset": ws.dataset.name, "classes": {"seen": len(ws.dataset.seen), "unseen": len(ws.dataset.unseen)},
       "images": counts(ws), "warnings": warnings(ws), "seed": ws.seed, "validation": measured["validation"],

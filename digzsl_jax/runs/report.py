@@ -5,7 +5,7 @@ keys only `dataset` and `czsl` have to be there; a part of the page whose number
 Accuracies and agreements are in percent. `czsl.per_class`, of the run and of each baseline, is {class: T1};
 `generated.per_class` is {class: {keys as in `generated`}}, where `plain_sd_` begins what belongs to plain
 Stable Diffusion. `lambda_curve` holds, by source ("learned", "plain"), lists of {"lambda":, "U":, "S":, "H":},
-`images_curve` lists of {"images":, "T1":}.
+`images_curve` lists of {"images":, "T1":}. `quality` is what stage quality returns.
 
 Shapes: n image, h w pixel, c colour channel.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from digzsl_jax import checkpoint, files
+from digzsl_jax import checkpoint, files, report_quality
 from digzsl_jax import report_page as page
 from digzsl_jax.data import generated as generated_images
 from digzsl_jax.data import images
@@ -79,6 +79,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
   made = lambda part, *arguments: part(*arguments) if ws.dataset.has_images else None
   parts = [header(results, ws), headline(results, settings.published, ws.config["tokens"]["guide"]),
            protocol(results, ws.dataset.notes), made(grids, results, ws, settings),
+           report_quality.section(results.get("quality"), ws.dataset.names, SOURCES),
            class_bars(results, ws.dataset.names), made(token_map, ws), made(loss_curves, ws), lambda_curves(results),
            images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
   text = page.page(title(results), *parts)
