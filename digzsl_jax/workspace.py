@@ -186,10 +186,8 @@ class Workspace:
       found["sd"] = {"files": found["sd"], "vae": vae}
     start = self.initial_file and checkpoint.fingerprint_file(self.initial_file)
     texts = prompts.templates(self.models.prototype_template, field="prototype_template")
-    prototypes = {"text": texts, "attributes": "attributes"}.get(self.models.prototypes)
-    if prototypes is None:
-      feature_files.read_prototypes(self.models.prototypes, self.dataset.names)  # raises before anything is made
-      prototypes = checkpoint.fingerprint_file(pathlib.Path(self.models.prototypes).expanduser())
+    given = self.models.prototypes != "text"
+    prototypes = checkpoint.fingerprint(self.prototypes_kd.tolist()) if given else texts
     return found | {"clip": {"files": found["clip"], "texts": texts, "prototypes": prototypes}, "initial_file": start}
 
   @functools.cached_property
@@ -380,7 +378,7 @@ class Workspace:
     """What stands for the classes, unit vectors in the order of `dataset.names`.
 
     Raises:
-      ValueError: the data set has no attributes, or the file has no vector for a class.
+      ValueError: the data set has no attributes, or the file has no vector, for a class.
     """
     if (source := self.models.prototypes) == "text":
       return self.text_prototypes_kd
@@ -389,7 +387,10 @@ class Workspace:
                        ".npz file")
     if source != "attributes":
       found_kd = feature_files.read_prototypes(source, self.dataset.names)
-    return (found_kd / np.linalg.norm(found_kd, axis=1, keepdims=True)).astype(np.float32)
+    length_k = np.linalg.norm(found_kd, axis=1)
+    if zero := [name for name, length in zip(self.dataset.names, length_k) if not length]:
+      raise ValueError(f'config.models.prototypes is "attributes", but those of {zero} are all zero')
+    return (found_kd / length_k[:, None]).astype(np.float32)
 
   @functools.cached_property
   def text_prototypes_kd(self) -> np.ndarray:

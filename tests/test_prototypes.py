@@ -49,8 +49,13 @@ def test_attributes(make):
     np.asarray(ws.prototypes_kd)
   attributes_ka = np.random.default_rng(0).normal(size=(len(ws.dataset.names), 5))
   ws.dataset = dataclasses.replace(ws.dataset, attributes_ka=attributes_ka)
+  assert ws.model_fingerprints["clip"]["prototypes"] != make().model_fingerprints["clip"]["prototypes"]
   np.testing.assert_allclose(ws.prototypes_kd, attributes_ka / np.linalg.norm(attributes_ka, axis=1, keepdims=True),
                              atol=1e-6)
+  attributes_ka[2] = 0
+  del ws.prototypes_kd
+  with pytest.raises(ValueError, match="those of .* are all zero"):
+    np.asarray(ws.prototypes_kd)
   assert ws.text_prototypes_kd.shape[1] != 5  # zero-shot CLIP goes on with texts
 
 
