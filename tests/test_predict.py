@@ -63,7 +63,7 @@ def run(tiny_world, tmp_path_factory):
   config.cdm.update(hidden=16, steps=20, batch=8, cache="")
   config.generate.images = 2
   config.classifier.update(images=2, steps=30)
-  config.stages = ("cdm", "tokens", "generate", "classifier", "evaluate")
+  config.stages = ("cdm", "tokens", "generate", "classifier", "quality", "evaluate")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(class_tokens, "run", lambda *arguments: {})
     patch.setattr(generate, "run", paint)

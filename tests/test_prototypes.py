@@ -8,6 +8,7 @@ import pytest
 
 from digzsl_jax import logs, losses, main, workspace
 from digzsl_jax.data import prompts
+from digzsl_jax.models import cdm
 
 
 @pytest.fixture
@@ -60,17 +61,19 @@ def test_attributes(make):
 
 
 def test_a_run_towards_prototypes_of_a_file(tiny_config, tmp_path):
-  """Images and tokens throughout: nothing but CLIP's own baseline needs texts."""
   config = tiny_config.copy_and_resolve_references()
-  config.models.prototypes = str(tmp_path / "mine.npz")
-  names = workspace.Workspace(config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
+  config.models.prototypes, config.stages = str(tmp_path / "mine.npz"), ("cdm",)
+  names = workspace.Workspace(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
+  run = lambda: main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
+  with pytest.raises(ValueError, match="mine.npz cannot be read"):
+    run()
   np.savez(tmp_path / "mine.npz", names=names, prototypes=np.random.default_rng(0).normal(size=(len(names), 7)))
   with pytest.raises(ValueError, match="kind is 'residual', which corrects CLIP's embedding towards texts"):
-    main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
+    run()
   config.cdm.kind = "mlp"
-  main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
-  results = (tmp_path / "run" / "results.json").read_text()
-  assert "cdm_prototype_mlp" in results and "clip_zero_shot" in results and "cdm_prototype_residual" not in results
+  run()
+  assert {path.name for path in (tmp_path / "run" / "cdm").iterdir() if path.is_dir()} == {"test_mlp", "validation_mlp"}
+  assert cdm.load_head(tmp_path / "run" / "cdm" / "test_mlp").outputs == 7
 
 
 def test_templates():
