@@ -28,9 +28,7 @@ from digzsl_jax.data import pictures
 from digzsl_jax.models import cdm, clip, download, hub
 from digzsl_jax.models.classifier import Classifier
 from digzsl_jax.runs import evaluate
-from digzsl_jax.workspace import LAYOUTS, check, resolve
-
-BATCH = 256  # pictures of a batch at most
+from digzsl_jax.workspace import BATCH, LAYOUTS, check, resolve
 
 
 class Recogniser(NamedTuple):

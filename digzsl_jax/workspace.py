@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, features, losses, mesh
-from digzsl_jax.data import datasets, feature_files, prompts, splits, textual_inversion, tokenizer
+from digzsl_jax.data import datasets, feature_files, pictures, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, clip, download, hub, inception, judge, layers, stable_diffusion
 
@@ -30,7 +30,9 @@ WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
            "judge": download.ENCODER, "encoder": download.ENCODER, "inception": download.Layout(())}
-INCEPTION_BATCH = 64  # smaller than others': its first activations are 5.5 MB an image
+# Pictures that are encoded at once; arrays go in larger batches. The last batch of a list is encoded while nothing is
+# left to decode, and Inception's first activations are 5.5 MB an image.
+BATCH = 64
 
 
 def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
@@ -345,12 +347,14 @@ class Workspace:
     folder = pathlib.Path(cache).expanduser() if cache else None
     if model == "inception":
       key = {"weights": self.model_fingerprints[model], "preprocess": self.inception.resize, "dtype": "float32"}
-      return features.Extractor(cdm.streamed(self.inception, INCEPTION_BATCH), key, folder, self.log)
+      return features.Extractor(cdm.streamed(self.inception, BATCH), key, folder, self.log)
     own = model == "clip" or "encoder" not in self.model_paths
     encoder = cdm.Encoder(self.clip, self.model_paths["clip"]) if own else self.cdm_encoder
     weights = self.model_fingerprints["clip"]["files"] if own else self.model_fingerprints["encoder"]
     key = {"weights": weights, "preprocess": str(encoder.preprocess), "dtype": self.models.dtype}
-    return features.Extractor(cdm.streamed(encoder), key, folder, self.log)
+    of_files = isinstance(self.dataset.train[0], pictures.Pictures)
+    stream = cdm.streamed(encoder, BATCH) if of_files else cdm.streamed(encoder)
+    return features.Extractor(stream, key, folder, self.log)
 
   def abstract_features(self, labelled: splits.Labelled) -> jax.ShapeDtypeStruct:
     """Shape of the feature rows of a part of the data set, without computing any."""

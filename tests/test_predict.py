@@ -107,7 +107,8 @@ def refused(ask):
 @pytest.fixture
 def batches_of_the_run(monkeypatch):
   """As large as stage cdm has them, for equal bits: XLA sums in another order where a batch has another size."""
-  monkeypatch.setattr(predict.cdm, "streamed", lambda encoder, batch, streamed=predict.cdm.streamed: streamed(encoder))
+  streamed = predict.cdm.streamed
+  monkeypatch.setattr(predict.cdm, "streamed", lambda encoder, batch: streamed(encoder, predict.BATCH))
 
 
 @pytest.mark.parametrize("source", ["learned", "plain"])
