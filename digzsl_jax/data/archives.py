@@ -52,6 +52,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
     raise ValueError(f'{folder}: "{name}" is no benchmark; give the name of one, {", ".join(PUBLISHED)}')
   if validation not in (1, 2, 3):
     raise ValueError(f"validation is {validation}: the published divisions are 1, 2 and 3")
+  validation = int(validation)  # a config may have it as 1.0
   images, has_rows = images or image_folders.read(name, folder), (folder / "att_splits.mat").is_file()
   if has_rows and (name == "FLO" or not images or (folder / "res101.mat").is_file()):
     return _read_archive(name, folder, images, validation)
@@ -64,9 +65,7 @@ def load(folder: os.PathLike, name: str | None = None, *, validation: int = 1, s
 def _read_archive(name: str, folder: pathlib.Path, images: image_folders.Images | None, validation: int) -> Split:
   fields = ["allclasses_names", "att", *LOCS, "train_loc", "val_loc"]
   found = matlab.read(folder / "att_splits.mat", fields)
-  missing = [field for field in LOCS if not isinstance(found.get(field), np.ndarray)]
-  if missing:
-    raise ValueError(f"{folder / 'att_splits.mat'} has no numbers {', '.join(missing)}; get it again")
+  check_numbers(folder / "att_splits.mat", found)
   raw_names_k = _names(name, folder, found)
   labels_n, paths_n = _labels(name, folder, raw_names_k, images)
   locs = rows(folder / "att_splits.mat", {field: found[field] for field in fields if field.endswith("_loc")
@@ -74,12 +73,24 @@ def _read_archive(name: str, folder: pathlib.Path, images: image_folders.Images 
   # The published ones of release 1.0 hold all of test_seen_loc; release 2.0 has none.
   for field in {"train_loc", "val_loc"} & set(locs):
     locs[field] = np.intersect1d(locs[field], locs["trainval_loc"])
-  att = found.get("att")
-  if att is not None and np.shape(att)[1:] != (len(raw_names_k),):
-    raise ValueError(f"{folder / 'att_splits.mat'}: att is {list(np.shape(att))}, but must have a column for each of "
-                     f"{len(raw_names_k)} classes")
   return Split(name=name, raw_names_k=raw_names_k, **_class_lists(name, folder, raw_names_k, validation), **locs,
-               labels_n=labels_n, paths_n=paths_n, attributes_ka=None if att is None else att.T.astype(np.float64))
+               labels_n=labels_n, paths_n=paths_n,
+               attributes_ka=attributes(folder / "att_splits.mat", found, len(raw_names_k)))
+
+
+def check_numbers(path: pathlib.Path, found: dict) -> None:
+  """Raises ValueError if a list of rows is missing among the variables of an `att_splits.mat`."""
+  if missing := [field for field in LOCS if not isinstance(found.get(field), np.ndarray)]:
+    raise ValueError(f"{path} has no numbers {', '.join(missing)}; get it again")
+
+
+def attributes(path: pathlib.Path, found: dict, classes: int) -> np.ndarray | None:
+  """`att` of an `att_splits.mat` as `[k, a]`, None without it; raises ValueError if its columns are not the classes."""
+  if (att := found.get("att")) is None:
+    return None
+  if np.shape(att)[1:] != (classes,):
+    raise ValueError(f"{path}: att is {list(np.shape(att))}, but must have a column for each of {classes} classes")
+  return att.T.astype(np.float64)
 
 
 def _names(name: str, folder: pathlib.Path, found: dict) -> tuple[str, ...]:

@@ -40,12 +40,12 @@ def load(*, folder: str, benchmark: str = "", file: str = "res101.mat", validati
       raise ValueError(f"there is no {path}; it is part of the archive of the Proposed Splits")
   features_nf, labels_n = _read_features(place / file)
   if benchmark:
-    split = archives.load(place, benchmark, validation=_division(validation))
+    split = archives.load(place, benchmark, validation=validation)
+    _check_count(place, {loc: getattr(split, loc) for loc in benchmarks.LOCS}, labels_n)
   else:
     split = _own_archive(place, labels_n, validation, seed)
   if split.labels_n is not None and not np.array_equal(split.labels_n, labels_n):
     raise ValueError(f"{place / file} has other labels than {place / 'res101.mat'}; get both from one release")
-  _check_count(place, {loc: getattr(split, loc) for loc in benchmarks.LOCS}, labels_n)
   parts = [splits.LabelledFeatures(features_nf[rows_r], labels_n[rows_r])
            for rows_r in (getattr(split, loc) for loc in benchmarks.LOCS)]
   return splits.Dataset(split.name.lower(), split.names_k, split.seen, split.unseen, split.validation, *parts,
@@ -99,27 +99,17 @@ def _own_archive(folder: pathlib.Path, labels_n: np.ndarray, validation: float, 
   if not isinstance(names, list):
     raise ValueError(f"{path} has no allclasses_names, nor is there {folder / 'allclasses.txt'}; write a class name on "
                      "each line of the latter, in the order of the labels")
-  if missing := [loc for loc in benchmarks.LOCS if not isinstance(found.get(loc), np.ndarray)]:
-    raise ValueError(f"{path} has no numbers {', '.join(missing)}; it must say which images are for what")
+  archives.check_numbers(path, found)
   rows = archives.rows(path, {loc: found[loc] for loc in benchmarks.LOCS})
   _check_count(folder, rows, labels_n)
   seen, unseen = (tuple(np.unique(labels_n[rows[loc]]).tolist()) for loc in ("trainval_loc", "test_unseen_loc"))
   chosen = splits.draw_validation(len(seen), validation, seed)
-  att = found.get("att")
-  if att is not None and np.shape(att)[1:] != (len(names),):
-    raise ValueError(f"{path}: att is {list(np.shape(att))}, but must have a column for each of {len(names)} classes")
   return benchmarks.Split(name=folder.resolve().name, raw_names_k=tuple(names), seen=seen, unseen=unseen,
                           validation=tuple(seen[place] for place in chosen), **rows, labels_n=labels_n,
-                          attributes_ka=None if att is None else att.T.astype(np.float64))
+                          attributes_ka=archives.attributes(path, found, len(names)))
 
 
 def _check_count(folder: pathlib.Path, rows: Mapping[str, np.ndarray], labels_n: np.ndarray) -> None:
   if (most := max(rows_r.max() for rows_r in rows.values())) >= len(labels_n):
     raise ValueError(f"{folder / 'att_splits.mat'} counts {most + 1} images, but there are features of "
                      f"{len(labels_n)}; get both files from one release")
-
-
-def _division(validation: float) -> int:
-  if validation not in (1, 2, 3):
-    raise ValueError(f"validation is {validation}: the published divisions are 1, 2 and 3")
-  return int(validation)

@@ -216,12 +216,13 @@ def protocol(results: Mapping, notes: Sequence[str]) -> Html | None:
   counts, classes = results.get("images"), results.get("classes", {})
   if not counts:
     return None
-  by_class, by_image = results.get("gzsl", {}), results.get("gzsl", {}).get("per_image", {})
-  cells = lambda *values: [page.number(value, 2) for value in values]
-  czsl, u, s = results["czsl"], (by_class.get("U"), by_image.get("U")), (by_class.get("S"), by_image.get("S"))
-  rows = [(None, [name, classes[part], f"{counts[f'test_{part}']:,}", *cells(*shares)]) for name, part, shares in (
-      ("T1: unseen classes among themselves", "unseen", (czsl["T1"], czsl["T1_per_image"])),
-      ("U: unseen classes among all", "unseen", u), ("S: seen classes among all", "seen", s))]
+  by_class = results["czsl"] | results.get("gzsl", {})
+  by_image = by_class.get("per_image", {}) | {"T1": results["czsl"]["T1_per_image"]}
+  rows = [(None, [f"{score}: {text}", classes[part], f"{counts[f'test_{part}']:,}",
+                  *(page.number(found.get(score), 2) for found in (by_class, by_image))])
+          for score, part, text in (
+              ("T1", "unseen", "unseen classes among themselves"), ("U", "unseen", "unseen classes among all"),
+              ("S", "seen", "seen classes among all"))]
   made = counts.get("generated_per_class")
   text = f"Trained on {counts['train']:,} images of {classes['seen']} seen classes"
   text += f" and {made:,} generated ones of each of {classes['unseen']} unseen classes." if made else "."
