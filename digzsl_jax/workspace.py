@@ -30,9 +30,9 @@ WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
            "judge": download.ENCODER, "encoder": download.ENCODER, "inception": download.Layout(())}
-# Pictures that are encoded at once; arrays go in larger batches. The last batch of a list is encoded while nothing is
-# left to decode, and Inception's first activations are 5.5 MB an image.
-BATCH = 64
+# Pictures that a device encodes at once; arrays go in larger batches. Small ones keep both cores of a small CPU busy,
+# also with the last of a list, while which nothing is left to decode.
+BATCH = 32
 
 
 def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:

@@ -3,6 +3,7 @@
 import pathlib
 import threading
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -132,21 +133,31 @@ class Mean(nnx.Module):
     return self.gain[...] * images_bijc.mean((1, 2))
 
 
-def test_features_of_a_stream():
+@pytest.fixture
+def on_devices(monkeypatch):
+  """Tells the encoder how many devices there are."""
+  found = jax.local_devices()
+  return lambda count: monkeypatch.setattr(jax, "local_devices", lambda: found[:count])
+
+
+@pytest.mark.parametrize("devices", (1, 2))
+def test_features_of_a_stream(devices, on_devices):
   images = np.random.default_rng(0).integers(0, 256, (23, 4, 5, 3), np.uint8)
+  on_devices(devices)
   Mean.traced.clear()
   for _ in range(2):
-    out = list(cdm.streamed(Mean(), batch=8)(images))
+    out = list(cdm.streamed(Mean(), batch=8 // devices)(images))
     assert [len(part) for part in out] == [8, 8, 7]
     np.testing.assert_allclose(np.concatenate(out), images.mean((1, 2)) / 127.5 - 1, atol=1e-6)
-  assert Mean.traced == [(8, 4, 5, 3)]  # compiled once for all
+  assert Mean.traced == [(8 // devices, 4, 5, 3)]  # compiled once for all
   assert list(cdm.streamed(Mean())(images[:0])) == []
   with pytest.raises(ValueError, match="uint8"):
     list(cdm.streamed(Mean())(np.zeros((1, 4, 4, 3))))
 
 
-def test_files_are_decoded_ahead_and_encoded_like_arrays(images):
+def test_files_are_decoded_ahead_and_encoded_like_arrays(images, on_devices):
   encoder = cdm.Encoder(vit.ViT.from_json(TOWER, rngs=nnx.Rngs(0)), pathlib.Path("nowhere"))
+  on_devices(1)
   stream = cdm.streamed(encoder, batch=4)
   threads = []
 
@@ -160,7 +171,9 @@ def test_files_are_decoded_ahead_and_encoded_like_arrays(images):
   assert len(threads) == 3  # of the last images too, before the second batch is asked for
   whole = np.concatenate([first, *pieces])
   assert threading.main_thread() not in threads and len(threads) == 3 and whole.shape == (11, 16)
-  np.testing.assert_array_equal(whole, cdm.batched(encoder, batch=4)(images[:]))
+  for devices in (1, 8):
+    on_devices(devices)
+    np.testing.assert_array_equal(whole, cdm.batched(encoder, batch=4)(images[:]))
 
 
 def test_damage_reaches_the_caller(images, tmp_path):

@@ -37,6 +37,7 @@ from digzsl_jax.models.vit import ViT
 
 KINDS = ("residual", "mlp")
 AHEAD = 2  # batches that are read while one is encoded
+AXIS = "image"  # over which a batch is divided among devices
 CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a folder
 GUIDES = ("cdm", CLIP)  # of class tokens: the trained model, or CLIP as it is
 MODELS = {"clip": CLIPModel, "dinov2": Dinov2Model, "siglip": SiglipVisionModel,
@@ -240,17 +241,21 @@ def zero_shot(clip: CLIPModel, folder: os.PathLike) -> CDM:
 def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
   """`model` as a function of uint8 images `[n, i, j, c]` that yields their features, batch by batch.
 
+  Every device of this process takes `batch` images at a time, so that a row does not depend on how many there are.
   Batches have one shape: one compilation. The images may be any object with a length and slices that are arrays; the
-  next slices are asked for in other threads while one is encoded.
+  next slices are asked for in other threads while some are encoded.
 
   Args:
     model: maps images in [-1, 1] to rows `[b, f]`: an `Encoder`, or `InceptionV3` of `models/inception.py`.
-    batch: of the compiled model; the last one is filled up.
+    batch: of the compiled model, on one device; the last one is filled up.
 
   Raises:
     ValueError: images that are not uint8, when they are read.
   """
   graphdef, params = nnx.split(model)
+  devices = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+  place = lambda spec: jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*spec))
+  params, batch = jax.device_put(params, place([])), batch * devices.size
 
   def read(images_nijc, start: int) -> tuple[np.ndarray, int]:
     rows = images_nijc[start:start + batch]
@@ -265,7 +270,8 @@ def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iter
       while reading:
         padded, count = reading.popleft().result()
         reading.extend(readers.submit(read, images_nijc, start) for start in itertools.islice(starts, 1))
-        behind, encoding = encoding, (_apply(graphdef, params, padded), count)
+        placed = jax.device_put(padded, place([AXIS]))
+        behind, encoding = encoding, (_apply(graphdef, devices, params, placed), count)
         if behind:  # fetched once the next batch is under way
           yield np.asarray(behind[0])[:behind[1]]
     if encoding:
@@ -274,9 +280,12 @@ def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iter
   return stream
 
 
-@functools.partial(jax.jit, static_argnums=0)  # outside of `streamed`, so that a second one compiles nothing
-def _apply(graphdef: nnx.GraphDef, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
-  return nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
+@functools.partial(jax.jit, static_argnums=(0, 1))  # outside of `streamed`, so that a second one compiles nothing
+def _apply(graphdef: nnx.GraphDef, devices: jax.sharding.Mesh, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
+  encode = lambda params, images_bijc: nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
+  rows = jax.sharding.PartitionSpec(AXIS)
+  return jax.shard_map(encode, mesh=devices, in_specs=(jax.sharding.PartitionSpec(), rows), out_specs=rows,
+                       check_vma=False)(params, images_bijc)
 
 
 def batched(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], np.ndarray]:
