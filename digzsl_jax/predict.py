@@ -24,11 +24,11 @@ import numpy as np
 import tqdm
 
 from digzsl_jax import checkpoint, cli, files
+from digzsl_jax.base_workspace import BATCH, LAYOUTS, check, resolve
 from digzsl_jax.data import pictures
 from digzsl_jax.models import cdm, clip, download, hub
 from digzsl_jax.models.classifier import Classifier
 from digzsl_jax.runs import evaluate
-from digzsl_jax.workspace import BATCH, LAYOUTS, check, resolve
 
 
 class Recogniser(NamedTuple):

@@ -1,4 +1,4 @@
-"""What the stages of one run share: its data, frozen models, mesh, log and the folders of other stages.
+"""What the stages of DIG-ZSL share: its data, frozen models and settings.
 
 Shapes: k class, t template, d embedding, l position, n vector of a class token.
 """
@@ -7,77 +7,23 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, features, losses, mesh
+from digzsl_jax import checkpoint, diffusion, features, losses
+from digzsl_jax.base_workspace import BATCH, LAYOUTS, BaseWorkspace, check, parse
 from digzsl_jax.data import datasets, feature_files, pictures, prompts, splits, textual_inversion, tokenizer
-from digzsl_jax.logs import Log
-from digzsl_jax.models import cdm, clip, download, hub, inception, judge, layers, stable_diffusion
+from digzsl_jax.models import cdm, download, hub, inception, judge, layers, stable_diffusion
 
-T = TypeVar("T")
-EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
-PLACES = {("cdm", "cache")}  # fields that no result depends on
 TOKENS = {"test": "learned_embeds.safetensors", "validation": "validation_embeds.safetensors"}  # by task
 PROTOTYPES = ("text", "attributes")
-TEXTS = 256  # prompts that are encoded at once
-WORLDS = pathlib.Path(__file__).parent / "worlds"
-# By the last word of the field that names a checkpoint.
-LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
-           "judge": download.ENCODER, "encoder": download.ENCODER, "inception": download.Layout(())}
-# Pictures that a device encodes at once; arrays go in larger batches. Small ones keep both cores of a small CPU busy,
-# also with the last of a list, while which nothing is left to decode.
-BATCH = 32
-
-
-def parse(kind: type[T], section: Mapping[str, Any], name: str) -> T:
-  """Builds the dataclass `kind` from a config section.
-
-  Raises:
-    ValueError: a field that `kind` does not know, one that is missing, or a value it refuses.
-  """
-  known = {field.name for field in dataclasses.fields(kind)}
-  if unknown := sorted(set(section) - known):
-    raise ValueError(f"config.{name}: unknown fields {unknown}; known are {sorted(known)}")
-  if missing := sorted(known - set(section)):
-    raise ValueError(f"config.{name}: fields {missing} are missing")
-  try:
-    return kind(**section)
-  except ValueError as error:
-    raise ValueError(f"config.{name}.{error}") from error
-
-
-def check(good: bool, field: str, value: Any, legal: str) -> None:
-  """For `__post_init__` of settings: one message that names the field, its value and what is legal."""
-  if not good:
-    raise ValueError(f"{field} is {value!r}; it must be {legal}")
-
-
-def resolve(name: str, field: str) -> pathlib.Path:
-  """Where a checkpoint is: a local one, one of the hub, or `embedded:world/name`, which ships with the package.
-
-  That of Inception is a local file.
-
-  Raises:
-    ValueError: there is none, or it is not whole; the message names `field`, as "models.clip".
-  """
-  if field == "quality.inception":
-    try:
-      return inception.locate(name)
-    except hub.CheckpointError as error:
-      raise ValueError(f"config.{field}: {error}") from error
-  path = str(WORLDS / name.removeprefix(EMBEDDED)) if name.startswith(EMBEDDED) else name
-  try:
-    return download.locate(path, LAYOUTS[field.rpartition(".")[2]])
-  except hub.CheckpointError as error:
-    shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
-    raise ValueError(f"config.{field} is {name!r}, but {error}. A checkpoint is a local folder, owner/name or "
-                     f"owner/name@revision of the hub, or one of {shipped}") from error
+OF_IMAGES = {"tokens", "generate", "quality"}  # the stages that a data set of features does without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,42 +58,8 @@ class ModelSettings:
     prompts.templates(self.prototype_template, field="prototype_template")
 
 
-@dataclasses.dataclass
-class Workspace:
-  """Models are loaded when they are first used, so that a run whose stages are all there loads none.
-
-  Attributes:
-    config: the resolved config, sections by stage name beside `seed`, `data`, `models`, `mesh`.
-    stages: every stage of the method, by name, whether it runs or not.
-    mesh: the devices.
-  """
-
-  config: Mapping[str, Any]
-  workdir: pathlib.Path
-  log: Log
-  stages: dict[str, checkpoint.Stage] = dataclasses.field(default_factory=dict)
-  mesh: jax.sharding.Mesh = dataclasses.field(init=False)
-
-  def __post_init__(self):
-    self.mesh = mesh.make(self.config["mesh"]["devices"])
-
-  def stage(self, name: str, needs: tuple[str, ...], models: tuple[str, ...]) -> checkpoint.Stage:
-    """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""
-    inputs = {"seed": self.seed, "dtype": self.models.dtype,
-              "data": {**self.config["data"], "sha256": self.data_fingerprint},
-              "models": {model: self.model_fingerprints[model] for model in models},
-              name: {field: value for field, value in self.config[name].items() if (name, field) not in PLACES},
-              "stages": {need: self.stages[need].fingerprint for need in needs}}
-    self.stages[name] = checkpoint.Stage(self.workdir / name, inputs)
-    return self.stages[name]
-
-  def folder(self, name: str) -> pathlib.Path:
-    """The folder of a finished stage."""
-    return self.stages[name].require()
-
-  @property
-  def seed(self) -> int:
-    return self.config["seed"]
+class Workspace(BaseWorkspace):
+  """Data, frozen models and settings of DIG-ZSL."""
 
   @functools.cached_property
   def models(self) -> ModelSettings:
@@ -162,18 +74,22 @@ class Workspace:
     names["quality.inception"] = self.config["quality"]["inception"]
     return {field: name for field, name in names.items() if name}
 
-  @functools.cached_property
-  def model_paths(self) -> dict[str, pathlib.Path]:
-    """Of every checkpoint that the config names, by the last word of its field; fetched if need be."""
-    return {field.rpartition(".")[2]: resolve(name, field) for field, name in self.model_names.items()}
-
-  def check_models(self, needed: Iterable[str]) -> None:
-    """Raises ValueError if CLIP or Stable Diffusion is needed and the config names none."""
-    texts = self.dataset.has_images or self.models.prototypes == "text"
-    for name in {"sd"} & set(needed) | ({"clip"} if texts else set()):
+  def admit(self, asked: Mapping[str, ModuleType]) -> None:
+    """Raises ValueError if these stages need images that the data set has not, or a checkpoint that is not named."""
+    has_images = self.dataset.has_images
+    if not has_images and (wrong := sorted(OF_IMAGES & set(asked))):
+      raise ValueError(f"config.stages: {wrong} make or compare images, but the data set has features in place of "
+                       "images; leave them out")
+    needed = {"sd"} & set(itertools.chain(*(module.MODELS for module in asked.values())))
+    texts = has_images or self.models.prototypes == "text"
+    for name in needed | ({"clip"} if texts else set()):
       if not getattr(self.models, name):
         raise ValueError(f"config.models.{name} is empty; these stages need a checkpoint there" + (
-            ', or config.models.prototypes other than "text"' if not self.dataset.has_images else ""))
+            "" if has_images else ', or config.models.prototypes other than "text"'))
+
+  def needs(self, module: ModuleType) -> tuple[str, ...]:
+    """The stages whose files a stage reads."""
+    return tuple(name for name in module.NEEDS if self.dataset.has_images or name not in OF_IMAGES)
 
   @functools.cached_property
   def model_fingerprints(self) -> dict[str, Any]:
@@ -209,14 +125,6 @@ class Workspace:
   def tasks(self) -> dict[str, splits.Task]:
     """`validation` (seen classes treated as unseen, to choose settings) and `test`."""
     return splits.tasks(self.dataset)
-
-  @functools.cached_property
-  def clip(self) -> clip.CLIPModel:
-    return hub.load(clip.CLIPModel, self.model_paths["clip"], dtype=self.models.dtype)
-
-  @functools.cached_property
-  def clip_tokenizer(self) -> tokenizer.Tokenizer:
-    return tokenizer.Tokenizer.from_folder(self.model_paths["clip"])
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
@@ -401,16 +309,7 @@ class Workspace:
     """Unit CLIP text embeddings of all class names, the mean of all templates, in the order of `dataset.names`."""
     templates = prompts.templates(self.models.prototype_template, field="prototype_template")
     texts = list(itertools.chain(*prompts.expand(templates, self.dataset.names)))
-    graphdef, params = nnx.split(self.clip)
-    encode = jax.jit(lambda params, ids: losses.normalise(nnx.merge(graphdef, params).encode_text(ids)[0]))
-    size, rows = min(len(texts), TEXTS), []
-    with self.log.progress(len(texts), "class prototypes") as bar:
-      for start in range(0, len(texts), size):
-        batch = texts[start:start + size]
-        filled = batch + batch[-1:] * (size - len(batch))  # one shape, one compilation
-        rows.append(np.asarray(encode(params, jnp.asarray(self.clip_tokenizer(filled))))[:len(batch)])
-        bar.update(len(batch))
-    embeds_ktd = np.concatenate(rows).reshape(len(self.dataset.names), len(templates), -1)
+    embeds_ktd = self.embed_texts(texts, "class prototypes").reshape(len(self.dataset.names), len(templates), -1)
     if len(templates) == 1:
       return embeds_ktd[:, 0]
     return np.asarray(losses.normalise(embeds_ktd.mean(1)))

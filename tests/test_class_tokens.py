@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
-from digzsl_jax import checkpoint, logs, losses, mesh, workspace
+from digzsl_jax import base_workspace, checkpoint, logs, losses, mesh, workspace
 from digzsl_jax import main as command
 from digzsl_jax.data import prompts, textual_inversion
 from digzsl_jax.models import cdm, hub, vit
@@ -249,7 +249,7 @@ def first_losses(config, folder, discriminator):
   config.mesh.devices = 1
   config.tokens.update(slots=2, slots_per_body=2)
   ws = workspace.Workspace(config.to_dict(), folder, logs.Log(folder))
-  settings = workspace.parse(class_tokens.Settings, ws.config["tokens"], "tokens")
+  settings = base_workspace.parse(class_tokens.Settings, ws.config["tokens"], "tokens")
   learner = class_tokens.Learner(settings, ws, lambda task: discriminator(ws))
   task = ws.tasks["test"]
   frozen, slots = learner.frozen(task), class_tokens.fresh_slots(settings, np.arange(2), ws.token_starts(task))
@@ -302,4 +302,4 @@ def test_a_trained_guide_is_another(tiny_config, tmp_path):
 def test_a_guide_that_is_none_is_refused():
   section = quickstart.get_config().tokens.to_dict() | {"guide": "judge"}
   with pytest.raises(ValueError, match="config.tokens.guide is 'judge'; it must be one of .'cdm', 'clip'."):
-    workspace.parse(class_tokens.Settings, section, "tokens")
+    base_workspace.parse(class_tokens.Settings, section, "tokens")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 from ml_collections import config_dict
 
-from digzsl_jax import loop, main, workspace
+from digzsl_jax import base_workspace, loop, main, stages, workspace
 from digzsl_jax.data import datasets
 from digzsl_jax.runs import pretrain
 
@@ -40,11 +40,11 @@ def test_no_field_can_be_invented(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).method == "dig_zsl"])
 def test_sections_fit_their_settings(name):
   config = load(name).to_dict()
-  assert set(config) == main.SHARED | set(main.STAGES)
-  assert set(config["stages"]) <= set(main.STAGES)
-  workspace.parse(workspace.ModelSettings, config["models"], "models")
-  for section, module in main.STAGES.items():
-    workspace.parse(module.Settings, config[section], section)
+  assert set(config) == stages.SHARED | set(main.DIG_ZSL)
+  assert set(config["stages"]) <= set(main.DIG_ZSL)
+  base_workspace.parse(workspace.ModelSettings, config["models"], "models")
+  for section, module in main.DIG_ZSL.items():
+    base_workspace.parse(module.Settings, config[section], section)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "data" in load(name)])

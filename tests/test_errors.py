@@ -9,9 +9,10 @@ import safetensors.numpy
 
 from digzsl_jax import checkpoint, files, logs
 from digzsl_jax import main as command
+from digzsl_jax.base_workspace import parse
 from digzsl_jax.data import datasets, fashion_mnist, images
 from digzsl_jax.runs import class_tokens, pretrain
-from digzsl_jax.workspace import Workspace, parse
+from digzsl_jax.workspace import Workspace
 
 
 def run(config, folder, *stages):

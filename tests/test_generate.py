@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from digzsl_jax import diffusion, mesh
+from digzsl_jax.base_workspace import parse
 from digzsl_jax.models import stable_diffusion
 from digzsl_jax.runs import generate
-from digzsl_jax.workspace import parse
 
 ADDRESSES = [(3, 0), (3, 1), (5, 0), (40, 7)]  # class, index
 

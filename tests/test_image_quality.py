@@ -142,7 +142,7 @@ def with_inception(tiny_config, tmp_path, monkeypatch):
 
 def new_workspace(config, folder):
   ws = workspace.Workspace(config.to_dict(), folder, logs.Log(folder))
-  for name, module in command.STAGES.items():
+  for name, module in command.DIG_ZSL.items():
     ws.stage(name, module.NEEDS, module.MODELS)
   return ws
 

@@ -76,7 +76,7 @@ def evaluated(run):
   """`(paths of test pictures, what stage evaluate makes of them)`."""
   workdir, zoo = run
   ws = Workspace(files.read_json(workdir / "config.json"), workdir, logs.Log(workdir))
-  for name, module in command.STAGES.items():
+  for name, module in command.DIG_ZSL.items():
     ws.stage(name, module.NEEDS, module.MODELS)
   task = ws.tasks["test"]
   scores = evaluate.read_scores(ws, task, checkpoint.read_arrays(workdir / "cdm" / "features.safetensors"))

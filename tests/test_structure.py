@@ -18,16 +18,18 @@ LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "me
 TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_quality", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
-    "main": {"runs", "workspace", *TOOLS},
+    "main": {"runs", "stages", "workspace", *TOOLS},
+    "stages": {"base_workspace", *TOOLS},
     "report": {"merged_runs", *TOOLS},
     "merged_runs": {"report_page", "files"},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
-    "predict": {"runs", "workspace", *LIBRARY, *TOOLS},
+    "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {"workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
+    "runs": {"base_workspace", "workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"checkpoint", "logs"},
-    "workspace": {"features", *LIBRARY, *TOOLS},
+    "base_workspace": {*LIBRARY, *TOOLS},
+    "workspace": {"base_workspace", "features", *LIBRARY, *TOOLS},
     "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
@@ -184,7 +186,7 @@ def unread(tree: ast.Module) -> dict[str, set[str]]:
 
 def read_by_others(section: str) -> set[str]:
   """Fields that any run or the workspace reads from the section of another: `config["cdm"]["kind"]`."""
-  subscripts = [node for file in in_package("runs", "workspace") for node in ast.walk(tree_of(file))
+  subscripts = [node for file in in_package("runs", "base_workspace", "workspace") for node in ast.walk(tree_of(file))
                 if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript)]
   keys = [(node.value.slice, node.slice) for node in subscripts]
   return {field.value for outer, field in keys if isinstance(outer, ast.Constant)
@@ -193,7 +195,7 @@ def read_by_others(section: str) -> set[str]:
 
 @pytest.mark.parametrize("file", in_package("runs"))
 def test_every_setting_has_an_effect(file):
-  names = {pathlib.Path(module.__file__).name: name for name, module in main.STAGES.items()}
+  names = {pathlib.Path(module.__file__).name: name for name, module in main.DIG_ZSL.items()}
   elsewhere = read_by_others(names.get(pathlib.Path(file).name, ""))
   for kind, fields in unread(tree_of(file)).items():
     assert fields <= elsewhere, f"{kind} has fields that nothing reads: use them or take them out"

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import quickstart
-from digzsl_jax import diffusion, files, main, workspace
+from digzsl_jax import base_workspace, diffusion, files, main
 from digzsl_jax.runs import class_tokens
 from launch import sweep
 
@@ -88,8 +88,8 @@ def test_every_run_of_every_study_is_legal(config, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main", *line])  # where config_flags looks for what is overridden
     values(sys.argv)
     found = values.config.to_dict()
-    for name, module in main.STAGES.items():
-      settings = workspace.parse(module.Settings, found[name], name)
+    for name, module in main.DIG_ZSL.items():
+      settings = base_workspace.parse(module.Settings, found[name], name)
       if name == "tokens":
         class_tokens.gradient_path(settings, SCHEDULE)
     changed.add(json.dumps(found, sort_keys=True))

@@ -11,9 +11,9 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from digzsl_jax.base_workspace import WORLDS
 from digzsl_jax.data import textual_inversion, tokenizer
 from digzsl_jax.models import clip, hub, stable_diffusion
-from digzsl_jax.workspace import WORLDS
 
 WORDS = "a photo of the in style star cat".split()
 BIRD_ND, PAINT_ND = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)

@@ -14,9 +14,9 @@ from flax import nnx
 
 from configs import quickstart
 from digzsl_jax import diffusion, mesh
+from digzsl_jax.base_workspace import parse
 from digzsl_jax.models import cdm, clip, hub, stable_diffusion, unet, vae
 from digzsl_jax.runs import class_tokens
-from digzsl_jax.workspace import parse
 
 WIDTH, SLOTS = 8, 17  # of a token; slot 0 and one for each direction there and back
 STEP = 0.01  # of the differences, on tokens of order 1

@@ -9,9 +9,9 @@ import pytest
 import safetensors.numpy
 
 from digzsl_jax import checkpoint
+from digzsl_jax.base_workspace import WORLDS, resolve
 from digzsl_jax.data import tokenizer
 from digzsl_jax.models import clip, hub, judge, stable_diffusion
-from digzsl_jax.workspace import WORLDS, resolve
 
 NAMES = sorted(folder.name for folder in WORLDS.glob("*/"))
 each_world = pytest.mark.parametrize("world", NAMES)

@@ -19,10 +19,11 @@ import optax
 from flax import nnx
 
 from digzsl_jax import checkpoint, losses, metrics
+from digzsl_jax.base_workspace import check
 from digzsl_jax.data import splits
 from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.models import cdm
-from digzsl_jax.workspace import Workspace, check
+from digzsl_jax.workspace import Workspace
 
 NEEDS = ()
 MODELS = ("clip", "encoder")

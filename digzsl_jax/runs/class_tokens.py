@@ -5,11 +5,11 @@ learn at once, and a slot whose class has finished takes the next one. No class 
 
 An update of a slot (arXiv 2412.17219, section 3; its parent method is arXiv 2303.17155):
   1. `prefix`: sample `images` latents without gradient up to the last denoiser calls,
-  2. `learn`: make those calls, decode, embed with the guide, take the cross-entropy over the unseen classes
-     of cos / temperature, and let AdamW move the slot's token by its own clipped gradient.
+  2. `learn`: make those calls, decode, embed with the guide, take the cross-entropy over the unseen classes of
+     cos / temperature, and let AdamW move the slot's token by its own clipped gradient.
 
-Gradient paths: `last` differentiates the last `grad_calls` calls of a whole sampling; `x0` stops at a chosen
-noise level and decodes the denoiser's direct prediction there, one call.
+Gradient paths: `last` differentiates the last `grad_calls` calls of a whole sampling; `x0` stops at a chosen noise
+level and decodes the denoiser's direct prediction there, one call.
 
 Shapes: s slot of a compiled body, c slot, b row (slot, image), k unseen class of the task, n vector of a token,
 h w latent position, z latent channel, l prompt position, d text width.
@@ -28,9 +28,10 @@ import optax
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, files, losses, mesh
+from digzsl_jax.base_workspace import check
 from digzsl_jax.data import prompts, splits, textual_inversion
 from digzsl_jax.models import cdm, stable_diffusion
-from digzsl_jax.workspace import TOKENS, Workspace, check
+from digzsl_jax.workspace import TOKENS, Workspace
 
 NEEDS = ("cdm",)
 MODELS = ("clip", "encoder", "sd", "initial_file")
@@ -435,8 +436,7 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError for what would fail only after the stages before this one."""
   gradient_path(settings, ws.schedule)
-  for task in ws.tasks.values():
-    ws.token_prompts(task)
+  list(map(ws.token_prompts, ws.tasks.values()))
   ws.file_starts()
 
 
@@ -444,7 +444,7 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Learns the tokens of both tasks; `learned_embeds.safetensors` holds those of the test task."""
   learner, results = Learner(settings, ws, lambda task: cdm.load(ws.cdm_encoder, ws.cdm_head(task))), {}
   for name, task in ws.tasks.items():
-    outcome = learn_task(settings, ws, task, learner, folder)
-    results[name] = write_outcome(outcome, [ws.dataset.names[label] for label in task.unseen], name, folder)
+    classes = [ws.dataset.names[label] for label in task.unseen]
+    results[name] = write_outcome(learn_task(settings, ws, task, learner, folder), classes, name, folder)
     ws.log.say(f"tokens ({name}): {results[name]}")
   return results

@@ -28,11 +28,12 @@ import optax
 from flax import nnx
 
 from digzsl_jax import checkpoint, gaussians
+from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated, splits
 from digzsl_jax.logs import Log
 from digzsl_jax.models import cdm, hub
 from digzsl_jax.models.classifier import Classifier
-from digzsl_jax.workspace import Workspace, check
+from digzsl_jax.workspace import Workspace
 
 NEEDS = ("cdm", "generate")
 MODELS = ("clip", "encoder")

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from digzsl_jax import checkpoint, files, logs, losses, metrics
+from digzsl_jax.base_workspace import EMBEDDED, check
 from digzsl_jax.data import generated, splits
 from digzsl_jax.models import cdm, hub, judge
 from digzsl_jax.models.classifier import Classifier
-from digzsl_jax.workspace import EMBEDDED, Workspace, check
+from digzsl_jax.workspace import Workspace
 
 NEEDS = ("cdm", "generate", "classifier", "quality")
 MODELS = ("clip", "encoder", "judge")

@@ -20,8 +20,9 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, files, mesh
+from digzsl_jax.base_workspace import check
 from digzsl_jax.data import images, prompts, splits
-from digzsl_jax.workspace import TOKENS, Workspace, check
+from digzsl_jax.workspace import TOKENS, Workspace
 
 NEEDS = ("tokens",)
 MODELS = ("sd",)

@@ -22,10 +22,10 @@ import optax
 from flax import nnx
 
 from digzsl_jax import checkpoint, diffusion, files, loop, losses
+from digzsl_jax.base_workspace import parse
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
 from digzsl_jax.logs import Log, memory_and_flops, parameter_table, write_provenance
 from digzsl_jax.models import clip, hub, judge, stable_diffusion, unet, vae
-from digzsl_jax.workspace import parse
 
 
 class Corpus(NamedTuple):

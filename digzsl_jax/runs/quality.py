@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from digzsl_jax import quality
+from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated
 from digzsl_jax.models import inception
-from digzsl_jax.workspace import Workspace, check
+from digzsl_jax.workspace import Workspace
 
 NEEDS = ("generate",)
 MODELS = ("clip", "inception")

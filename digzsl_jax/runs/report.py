@@ -23,10 +23,11 @@ from PIL import Image
 
 from digzsl_jax import checkpoint, files, report_quality
 from digzsl_jax import report_page as page
+from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated as generated_images
 from digzsl_jax.data import images
 from digzsl_jax.report_page import Html, join, tag
-from digzsl_jax.workspace import TOKENS, Workspace, check
+from digzsl_jax.workspace import TOKENS, Workspace
 
 NEEDS = ("tokens", "generate", "evaluate")
 MODELS = ()

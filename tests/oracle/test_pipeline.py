@@ -20,9 +20,9 @@ transformers = pytest.importorskip("transformers")
 
 from configs import quickstart
 from digzsl_jax import mesh
+from digzsl_jax.base_workspace import parse
 from digzsl_jax.models import cdm, clip, hub, stable_diffusion
 from digzsl_jax.runs import class_tokens
-from digzsl_jax.workspace import parse
 from tests.oracle.parity import to_torch
 
 WIDTH, HIDDEN, CLASSES, IMAGES = 24, 20, 3, 2

@@ -14,9 +14,9 @@ import jax
 import safetensors.torch
 from flax import nnx
 
+from digzsl_jax.base_workspace import WORLDS
 from digzsl_jax.data import textual_inversion, tokenizer
 from digzsl_jax.models import clip, hub, stable_diffusion
-from digzsl_jax.workspace import WORLDS
 
 WORDS = "a photo of the in style painting star cat".split()
 TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)

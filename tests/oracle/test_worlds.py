@@ -15,9 +15,9 @@ transformers = pytest.importorskip("transformers")
 import safetensors.torch
 
 from digzsl_jax import checkpoint, diffusion
+from digzsl_jax.base_workspace import WORLDS
 from digzsl_jax.data import scenes, tokenizer
 from digzsl_jax.models import clip, hub, stable_diffusion
-from digzsl_jax.workspace import WORLDS
 
 STEPS, GUIDANCE = 4, 4.0
 PROMPTS = ["a photo of a striped crimson star", "a shirt, two cats & THE teal ring"]
