@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
-           "quality"}
+           "optimisers", "quality"}
 TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_quality", "files", "cli"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "losses": set(),
     "metrics": set(),
     "multilabel_metrics": set(),
+    "optimisers": set(),
     "quality": set(),
     "resize": set(),
     "data": {"data", "files", "resize"},
