@@ -47,3 +47,28 @@ def cosine_cross_entropy(embeds_bd: jax.Array, prototypes_kd: jax.Array, labels_
     cosines_bk = jnp.where(allowed_k, cosines_bk, -jnp.inf)
   loss_b = optax.softmax_cross_entropy_with_integer_labels(cosines_bk / temperature, labels_b)
   return loss_b, cosines_bk
+
+
+def asymmetric(logits_bk: jax.Array, targets_bk: jax.Array, *, gamma_negative: float = 4, gamma_positive: float = 0,
+               margin: float = 0.05) -> jax.Array:
+  """Asymmetric loss of multi-label classification (arXiv 2009.14119).
+
+  `-sum w log max(q, 1e-8)`, with q the probability of the target: `p = sigmoid(logit)` of a present class and
+  `min(1 - p + margin, 1)` of an absent one. The focusing weight `w = (1 - q)^gamma` takes no part in the gradient, as
+  in the published code. Computed in float32.
+
+  Args:
+    targets_bk: 1 present, 0 absent, -1 not judged, which adds nothing.
+    gamma_negative: focusing of absent classes.
+    gamma_positive: focusing of present ones; 0 weighs them all 1, as every published training script does.
+    margin: absent classes of a lower probability add nothing.
+
+  Returns:
+    the sum over batch and classes, not their mean.
+  """
+  p_bk = jax.nn.sigmoid(logits_bk.astype(jnp.float32))
+
+  def term(q_bk, gamma):
+    return -jax.lax.stop_gradient((1 - q_bk)**gamma) * jnp.log(jnp.maximum(q_bk, 1e-8))
+  present_bk, absent_bk = term(p_bk, gamma_positive), term(jnp.minimum(1 - p_bk + margin, 1), gamma_negative)
+  return jnp.sum(jnp.where(targets_bk == 1, present_bk, jnp.where(targets_bk == 0, absent_bk, 0)))
