@@ -14,8 +14,8 @@ from digzsl_jax.workspace import Workspace
 
 DIG_ZSL = {"cdm": cdm, "tokens": class_tokens, "generate": generate, "classifier": classifier, "quality": quality,
            "evaluate": evaluate, "report": report}
-# Of each method `(config, workdir, log, dry_run)`.
-METHODS = {"dig_zsl": functools.partial(stages.run, DIG_ZSL, Workspace), "pretrain": pretrain.run}
+dig_zsl = functools.partial(stages.run, DIG_ZSL, Workspace)
+METHODS = {"dig_zsl": dig_zsl, "pretrain": pretrain.run}  # each of `(config, workdir, log, dry_run)`
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment; its fields are overridden by dots.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/<config name>.")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digzsl_jax import logs, losses, main, workspace
+from digzsl_jax import base_workspace, logs, losses, main, workspace
 from digzsl_jax.data import prompts
 from digzsl_jax.models import cdm
 
@@ -40,7 +40,7 @@ def test_a_set_of_templates_counts_by_its_mean(make, monkeypatch, name):
   np.testing.assert_allclose(found_kd[:3], mean_kd / np.linalg.norm(mean_kd, axis=1, keepdims=True), atol=1e-5)
   assert np.abs(found_kd - make().prototypes_kd).max() > 1e-3
   assert ws.model_fingerprints["clip"] != make().model_fingerprints["clip"]
-  monkeypatch.setattr(workspace, "TEXTS", 7)  # batches, the last one not full
+  monkeypatch.setattr(base_workspace, "TEXTS", 7)  # batches, the last one not full
   np.testing.assert_allclose(make(prototype_template=name).prototypes_kd, found_kd, atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_a_run_towards_prototypes_of_a_file(tiny_config, tmp_path):
   config = tiny_config.copy_and_resolve_references()
   config.models.prototypes, config.stages = str(tmp_path / "mine.npz"), ("cdm",)
   names = workspace.Workspace(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
-  run = lambda: main.METHODS["dig_zsl"](config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
+  run = lambda: main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
   with pytest.raises(ValueError, match="mine.npz cannot be read"):
     run()
   np.savez(tmp_path / "mine.npz", names=names, prototypes=np.random.default_rng(0).normal(size=(len(names), 7)))
