@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from digzsl_jax.data import datasets, multilabel_scenes
+from digzsl_jax.data import coco, datasets, label_table, multilabel_scenes, nus_wide, voc
 from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.data.tagged import MultilabelDataset, Tagged
 
-LOADERS = {"scenes": multilabel_scenes.load}
+LOADERS = {"scenes": multilabel_scenes.load, "nus_wide": nus_wide.load, "nus_wide_csv": nus_wide.load_csv,
+           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists}
 
 
 def load(section: Mapping) -> MultilabelDataset:
@@ -32,9 +33,8 @@ def masks(section: Mapping) -> np.ndarray | None:
 
   None where the data set has no masks: only scenes have.
   """
-  if section["name"] != "scenes":
-    return None
-  return multilabel_scenes.masks(**{field: section[field] for field in section.keys() - {"name", "train"}})
+  arguments = {field: value for field, value in section.items() if field not in ("name", "train")}
+  return multilabel_scenes.masks(**arguments) if section["name"] == "scenes" else None
 
 
 def with_any(tagged: Tagged, columns: Sequence[int]) -> np.ndarray:
