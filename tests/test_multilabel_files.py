@@ -81,7 +81,7 @@ def test_table(root):
   (replace("my.csv", "cat;dog", "cat;;dog"), "my.csv, line 2: a label is empty"),
   (replace("my.csv", "b.png", "a.png"), "my.csv: a.png listed more than once"),
   (lambda root: write(root / "my.csv", "file,labels,split\na.png,,train\n"), "my.csv: no image has a label"),
-  (lambda root: write(root / "my.csv", ""), "my.csv must have a header, file,labels,split"),
+  (lambda root: write(root / "my.csv", ""), "my.csv must have a header and rows"),
   (lambda root: (root / "my.csv").write_bytes(b"\xff\xfe\x00"), "my.csv is no .csv file in UTF-8"),
   (lambda root: (root / "my.csv").unlink(), "there is no table .*my.csv"),
   (lambda root: write(root / "unseen.txt", "emus"), "unseen.txt: no image has the label 'emus'. The nearest are 'emu'"),

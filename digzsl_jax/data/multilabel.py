@@ -20,7 +20,7 @@ LOADERS = {"scenes": multilabel_scenes.load, "nus_wide": nus_wide.load, "nus_wid
 def load(section: Mapping) -> MultilabelDataset:
   """The data set `section["name"]`, a key of `LOADERS`; the other fields go to its loader.
 
-  No image is left out for want of labels. Published protocols differ in this, and in evaluation alone: see `with_any`.
+  No image is left out for want of labels; published protocols differ in this, and `with_any` serves those that do.
 
   Raises:
     ValueError: an unknown or missing name or field, or files that the loader refuses.

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from digzsl_jax.data import benchmarks, label_table, tagged_files
+from digzsl_jax.data import benchmarks, tagged_files
 from digzsl_jax.data.tagged import MultilabelDataset
 
 
@@ -73,18 +73,15 @@ def load_csv(*, folder: str, size: int = 224, skip_damaged: bool = False) -> Mul
   """
   root = pathlib.Path(folder).expanduser()
   path = root / "data.csv"
-  rows = label_table.read_table(path, None)
+  rows = tagged_files.read_table(path)
   labels_n = []
   for line, (_, labels, _) in rows:
     if not (labels.startswith("[") and labels.endswith("]")):
       raise ValueError(f"{path}, line {line}: the labels are {labels!r}; they must be [label, label]")
     labels_n.append([label for label in labels[1:-1].split(", ") if label])
-  names = sorted({label for labels in labels_n for label in labels})
-  if not names:
-    raise ValueError(f"{path}: no image has a label; get it again")
-  tagged_files.check_once(path, [file for _, (file, _, _) in rows])
-  return tagged_files.dataset("nus-wide-csv", names, _unseen(root / "benchmark_81_v0.json", names), root,
-                              label_table.parts(path, rows, labels_n, names, ("train", "val")), size, skip_damaged)
+  names, parts = tagged_files.from_table(path, rows, labels_n, ("train", "val"))
+  return tagged_files.dataset("nus-wide-csv", names, _unseen(root / "benchmark_81_v0.json", names), root, parts, size,
+                              skip_damaged)
 
 
 def read_lists(folder: pathlib.Path) -> tuple[list[str], list[str]]:

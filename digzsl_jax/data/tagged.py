@@ -68,7 +68,7 @@ class MultilabelDataset:
       ValueError: there are no training images.
     """
     if not len(self.train.targets_nk):
-      raise ValueError(f"{self.name} has no training images; name those files in config.data")
+      raise ValueError(f"{self.name} has no training images; give config.data those files")
     return self.train.targets_nk[:, self.seen]
 
   def _check_lists(self):

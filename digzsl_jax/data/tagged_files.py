@@ -3,6 +3,7 @@
 Shapes: n image, k label.
 """
 
+import csv
 import itertools
 import json
 import pathlib
@@ -46,6 +47,61 @@ def targets(columns_n: Sequence[Sequence[int]], labels: int) -> np.ndarray:
   rows = np.repeat(np.arange(len(columns_n)), [len(columns) for columns in columns_n])
   targets_nk[rows, np.fromiter(itertools.chain.from_iterable(columns_n), np.int64, len(rows))] = 1
   return targets_nk
+
+
+def read_table(path: pathlib.Path, header: list[str] | None = None) -> list[tuple[int, list[str]]]:
+  """The rows of a .csv file of three columns with their line numbers. Its header is `header`, or any if None.
+
+  Raises:
+    ValueError: no such file, another header, no rows, no text, or a row of other length.
+  """
+  try:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+      reader = csv.reader(file, skipinitialspace=True)
+      rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
+  except FileNotFoundError as error:
+    raise ValueError(f"there is no table {path}") from error
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f"{path} is no .csv file in UTF-8 ({error}); save it as one") from error
+  if len(rows) < 2:
+    raise ValueError(f"{path} must have a header and rows below it")
+  for line, row in rows:
+    if len(row) != 3 or not row[0]:
+      raise ValueError(f"{path}, line {line}: a row has three columns, the first not empty, but this is "
+                       f"{','.join(row)!r}; put what holds a comma in double quotes")
+  if header and rows[0][1] != header:
+    raise ValueError(f"{path}, line {rows[0][0]}: the header is {','.join(rows[0][1])!r}; it must be "
+                     f"{','.join(header)}")
+  return rows[1:]
+
+
+def from_table(path: pathlib.Path, rows: Sequence[tuple[int, Sequence[str]]], labels_n: Sequence[Sequence[str]],
+               splits: tuple[str, str]) -> tuple[list[str], dict[str, tuple[list[str], np.ndarray]]]:
+  """All labels in alphabetical order, and the parts that `dataset` takes.
+
+  Args:
+    path: of the table.
+    rows: its rows: line number, and file, labels and split.
+    labels_n: the labels of each row.
+    splits: the table's words for train and test.
+
+  Raises:
+    ValueError: no labels, a file that repeats, another word for the split.
+  """
+  names = sorted(set(itertools.chain.from_iterable(labels_n)))
+  if not names:
+    raise ValueError(f"{path}: no image has a label; the second column holds them")
+  check_once(path, [file for _, (file, _, _) in rows])
+  column = {name: k for k, name in enumerate(names)}
+  chosen = {split: ([], []) for split in splits}
+  for (line, (file, _, split)), labels in zip(rows, labels_n):
+    if split not in chosen:
+      raise ValueError(f"{path}, line {line}: the split is {split!r}; it must be {' or '.join(splits)}")
+    paths, columns_n = chosen[split]
+    paths.append(file)
+    columns_n.append([column[label] for label in labels])
+  return names, {part: (paths, targets(columns_n, len(names)))
+                 for part, (paths, columns_n) in zip(("train", "test"), chosen.values())}
 
 
 def read_json(path: pathlib.Path, what: str, hook: Callable[[dict], Any] | None = None) -> Any:
