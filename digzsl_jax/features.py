@@ -49,8 +49,9 @@ class Extractor:
     n, folder = len(images_nhwc), None
     if self.cache and isinstance(images_nhwc, Pictures):
       contents = [file.digest.hex() for file in images_nhwc.files]
+      size = images_nhwc.size if images_nhwc.fit == "crop" else [images_nhwc.size, images_nhwc.fit]
       folder = self.cache / checkpoint.fingerprint({
-          **self.key, "versions": (jax.__version__, PIL.__version__), "size": images_nhwc.size, "files": contents})
+          **self.key, "versions": (jax.__version__, PIL.__version__), "size": size, "files": contents})
     found = list(_read(folder, n)) if folder else []
     if done := sum(map(len, found)):
       self.log.say(f"features: {done} of {n} rows are in {folder}")

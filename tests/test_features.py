@@ -73,12 +73,13 @@ def test_an_interrupted_extraction_goes_on(images, tmp_path, monkeypatch):
 def test_rows_of_something_else_are_not_taken(images, tmp_path):
   extract(images, Encoder(), tmp_path)
   others = [(images, {"weights": "abd"}), (images.take(np.arange(11)[::-1]), KEY), (images.take(slice(10)), KEY),
-            (pictures.Pictures(images.folder, images.files, 7), KEY)]
+            (pictures.Pictures(images.folder, images.files, 7), KEY),
+            (pictures.Pictures(images.folder, images.files, 8, fit="squash"), KEY)]
   for chosen, key in others:
     encoder = Encoder()
     np.testing.assert_array_equal(extract(chosen, encoder, tmp_path, key), chosen[:].mean((1, 2)).astype(np.float32))
     assert encoder.seen == len(chosen)
-  assert len(list(tmp_path.iterdir())) == 5
+  assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_without_a_cache_and_for_arrays_nothing_is_kept(images, tmp_path):

@@ -28,10 +28,10 @@ def saved(folder, name, pixels, **options):
   return name
 
 
-def opened(folder, names, size):
+def opened(folder, names, size, **how):
   files, damaged = pictures.scan(folder, names)
   assert not damaged
-  return pictures.Pictures(folder, files, size)
+  return pictures.Pictures(folder, files, size, **how)
 
 
 def as_pillow(pixels_ijc, size):
@@ -59,6 +59,33 @@ def test_files_and_generated_images_are_prepared_alike(tmp_path, shape):
   got = opened(tmp_path, [saved(tmp_path, "a.png", pixels)], 16)[0]
   generated = cdm.Preprocess(16)(jnp.asarray(pixels[None] / np.float32(127.5) - 1))[0]
   assert np.abs((np.asarray(generated) + 1) * 127.5 - got).max() <= 1.01  # of 255: both passes of Pillow round
+
+
+def triangle(inputs, outputs):
+  """Bilinear interpolation along one side as a matrix, the kernel wider where pixels become fewer."""
+  ratio = inputs / outputs
+  away = np.abs(np.arange(inputs) - ((np.arange(outputs)[:, None] + 0.5) * ratio - 0.5)) / max(ratio, 1)
+  weights = np.maximum(1 - away, 0)
+  return weights / weights.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("shape", [(90, 61), (40, 57), (11, 9), (16, 16)])
+def test_squashed_pictures_are_whole(tmp_path, shape):
+  pixels = noise(*shape)
+  name = saved(tmp_path, "a.png", pixels)
+  got = opened(tmp_path, [name], 16, fit="squash")[0]
+  expected = np.einsum("yi,xj,ijc->yxc", triangle(shape[0], 16), triangle(shape[1], 16), pixels)
+  assert got.shape == (16, 16, 3) and np.abs(expected - got).max() <= 1.01  # of 255: both passes of Pillow round
+  assert np.array_equal(got, opened(tmp_path, [name], 16)[0]) == (shape == (16, 16))
+
+
+def test_squashed_pictures_differ_in_fingerprint_and_stay_squashed(tmp_path):
+  names = [saved(tmp_path, f"{i}.png", smooth(9, 30, i)) for i in range(3)]
+  cropped, squashed = opened(tmp_path, names, 8), opened(tmp_path, names, 8, fit="squash")
+  assert cropped.fingerprint != squashed.fingerprint
+  assert cropped.fingerprint == opened(tmp_path, names, 8, fit="crop").fingerprint
+  np.testing.assert_array_equal(squashed.take(slice(1, None))[:], squashed[1:])
+  assert (squashed[:] != cropped[:]).any((1, 2, 3)).all()
 
 
 def test_weights():
@@ -96,7 +123,7 @@ def test_in_place_of_an_array(tmp_path, monkeypatch):
   array = np.stack([images[row] for row in range(6)])
   read = []
   decode = pictures.decode
-  monkeypatch.setattr(pictures, "decode", lambda path, size: read.append(path.name) or decode(path, size))
+  monkeypatch.setattr(pictures, "decode", lambda path, *how: read.append(path.name) or decode(path, *how))
   assert (len(images), images.shape, images.ndim, images.dtype) == (6, array.shape, array.ndim, array.dtype)
   labelled = splits.LabelledImages(images, np.arange(6, dtype=np.int32))
   for rows in (np.array([4, 1]), np.arange(6) % 2 == 1, np.arange(0)):

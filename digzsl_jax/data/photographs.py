@@ -53,7 +53,7 @@ def benchmark(name: str, *, folder: str, size: int = 224, validation: int = 1, s
           for stream, (loc, limit) in enumerate(limits.items())}
   chosen = {part: ([split.paths_n[row] for row in rows[loc]], split.labels_n[rows[loc]])
             for part, loc in zip(("train", "test_seen", "test_unseen"), limits)}
-  parts, notes = _read(place, chosen, size, skip_damaged)
+  parts, notes = _labelled(place, chosen, size, skip_damaged)
   return splits.Dataset(name=name.lower(), names=split.names_k, seen=split.seen, unseen=split.unseen,
                         validation=split.validation, **parts, notes=(benchmarks.summary(split), *notes),
                         attributes_ka=split.attributes_ka)
@@ -106,7 +106,7 @@ def own(*, folder: str, unseen: str = "unseen.txt", test: str = "", size: int = 
       kept = sorted(paths[:limit or None])
       chosen[part][0].extend(kept)
       chosen[part][1].extend([label] * len(kept))
-  parts, more = _read(root, chosen, size, skip_damaged)
+  parts, more = _labelled(root, chosen, size, skip_damaged)
   seen = len(names) - len(listed)
   return splits.Dataset(name=root.resolve().name, names=names, seen=tuple(range(seen)),
                         unseen=tuple(range(seen, len(names))),
@@ -124,29 +124,56 @@ def draw(labels_n: np.ndarray, rows: np.ndarray, limit: int, seed: tuple[int, ..
   return rows[np.isin(rows, np.concatenate(kept))]
 
 
-def _read(folder: Traversable, chosen: Mapping[str, tuple[Sequence[str], Sequence[int]]], size: int,
-          skip_damaged: bool) -> tuple[dict[str, splits.LabelledImages], list[str]]:
-  """The parts of a data set from paths and labels, and what is to be said of the files."""
+def read(folder: Traversable, chosen: Mapping[str, Sequence[str]], size: int, skip_damaged: bool,
+         fit: str = "crop") -> tuple[dict[str, tuple[pictures.Pictures, list[int]]], list[str]]:
+  """Opens the pictures of a data set's parts, one of them "train".
+
+  Args:
+    folder: as in `pictures.Pictures`.
+    chosen: paths by part.
+    size: as in `pictures.Pictures`.
+    skip_damaged: as in `benchmark`.
+    fit: as in `pictures.Pictures`.
+
+  Returns:
+    by part the pictures that are whole and their places in its list; and what is to be said of the files, a line each.
+
+  Raises:
+    ValueError: damaged files; a size below 1.
+  """
   if size < 1:
     raise ValueError(f"size is {size}; it must be at least 1 pixel")
-  whole, damaged = pictures.scan(folder, dict.fromkeys(path for paths, _ in chosen.values() for path in paths))
+  whole, damaged = pictures.scan(folder, dict.fromkeys(path for paths in chosen.values() for path in paths))
   if damaged and not skip_damaged:
     listed = "; ".join(f"{folder / path} ({wrong})" for path, wrong in list(damaged.items())[:5])
     raise ValueError(f"{len(damaged)} picture files cannot be read: {listed}. Replace or delete them, or set "
                      "skip_damaged=True")
   file_of, parts, notes = {file.path: file for file in whole}, {}, []
-  for part, (paths, labels) in chosen.items():
+  for part, paths in chosen.items():
     kept = [row for row, path in enumerate(paths) if path in file_of]
-    parts[part] = splits.LabelledImages(pictures.Pictures(folder, [file_of[paths[row]] for row in kept], size),
-                                        np.array(labels, np.int32)[kept])
+    parts[part] = pictures.Pictures(folder, [file_of[paths[row]] for row in kept], size, fit), kept
   if damaged:
     notes.append(f"left out {len(damaged)} damaged files: {benchmarks.some(damaged, _LISTED)}")
-  trained = {file.digest for file in parts["train"].images_nhwc.files}
-  twice = [file.path for part in ("test_seen", "test_unseen") for file in parts[part].images_nhwc.files
-           if file.digest in trained]
+  trained = {file.digest for file in parts["train"][0].files}
+  twice = [file.path for part in chosen if part != "train" for file in parts[part][0].files if file.digest in trained]
   if twice:
     notes.append(f"warning: {len(twice)} test pictures are training pictures too: {benchmarks.some(twice, _LISTED)}")
   return parts, notes
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+  """A sentence with the names that are spelt nearly as `name`, for messages."""
+  spelt = {other.lower(): other for other in sorted(names)}
+  near = difflib.get_close_matches(name.lower(), spelt, 3)
+  return f"The nearest are {', '.join(repr(spelt[other]) for other in near)}." if near else "No other name is near."
+
+
+def _labelled(folder: Traversable, chosen: Mapping[str, tuple[Sequence[str], Sequence[int]]], size: int,
+              skip_damaged: bool) -> tuple[dict[str, splits.LabelledImages], list[str]]:
+  """The parts of a data set from paths and labels, and what is to be said of the files."""
+  parts, notes = read(folder, {part: paths for part, (paths, _) in chosen.items()}, size, skip_damaged)
+  return {part: splits.LabelledImages(images, np.array(chosen[part][1], np.int32)[kept])
+          for part, (images, kept) in parts.items()}, notes
 
 
 def _class_folders(place: pathlib.Path, root: pathlib.Path) -> tuple[dict[str, list[str]], list[str]]:
@@ -177,13 +204,13 @@ def _check_classes(path: pathlib.Path, listed: Sequence[str], found: Mapping[str
   for name in listed:
     if name not in found and name not in tests:
       raise ValueError(f"{path}: {name!r} has no class folder, but accuracies on unseen classes need test pictures. "
-                       f"{_nearest(name, {*found, *tests})} Correct the name, give it pictures, or take it off the "
+                       f"{nearest(name, {*found, *tests})} Correct the name, give it pictures, or take it off the "
                        "list")
   seen = [name for name in found if name not in listed]
   for name in tests:
     if name not in found and name not in listed:
       raise ValueError(f"test has class folder {name!r}, which is neither among the training folders nor in {path}. "
-                       f"{_nearest(name, [*found, *listed])} Rename or delete it")
+                       f"{nearest(name, [*found, *listed])} Rename or delete it")
   if has_tests and (missing := [name for name in seen if name not in tests]):
     raise ValueError(f"test has no pictures of the seen classes {benchmarks.some(missing)}; add their folders, or "
                      "leave `test` empty and a fifth of each class is held out")
@@ -194,12 +221,6 @@ def _check_classes(path: pathlib.Path, listed: Sequence[str], found: Mapping[str
   if len(seen) < 3:
     raise ValueError(f"there are {len(seen)} seen classes, but 3 or more are needed: two to train on while a third "
                      f"plays unseen. Add class folders, or take names off {path}")
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-  spelt = {other.lower(): other for other in sorted(names)}
-  near = difflib.get_close_matches(name.lower(), spelt, 3)
-  return f"The nearest are {', '.join(repr(spelt[other]) for other in near)}." if near else "No other name is near."
 
 
 def _shuffled(paths: Sequence[str], rng: np.random.Generator) -> list[str]:

@@ -34,15 +34,17 @@ class Pictures:
   """Picture files in place of a uint8 array `[n, size, size, 3]`: `[rows]` decodes, in several threads.
 
   A picture of any size and mode is turned as its EXIF orientation says, becomes RGB (transparency is dropped, 16-bit
-  grey is cut to 8), is resized to `size` along its shorter side (bicubic with antialias) and loses what is outside the
-  central square. JPEGs are decoded at full size: a reduced decode changes the result by up to 41 of 255.
+  grey is cut to 8) and then a square as `fit` says, with antialias. "crop", CLIP's way: resized to `size` along its
+  shorter side (bicubic), it loses what is outside the central square. "squash", the way of ML-Decoder and BiAM: both
+  sides are resized to `size` (bilinear), and no label is cut off. JPEGs are decoded at full size: a reduced decode
+  changes the result by up to 41 of 255.
   """
 
   dtype, ndim = np.dtype(np.uint8), 4
 
-  def __init__(self, folder: Traversable, files: Sequence[File], size: int):
+  def __init__(self, folder: Traversable, files: Sequence[File], size: int, fit: str = "crop"):
     """`folder` is what the files' paths are relative to: a `pathlib.Path`, or what joins and opens as one does."""
-    self.folder, self.files, self.size = folder, tuple(files), size
+    self.folder, self.files, self.size, self.fit = folder, tuple(files), size, fit
 
   def __len__(self) -> int:
     return len(self.files)
@@ -53,7 +55,7 @@ class Pictures:
 
   def take(self, rows: np.ndarray | slice) -> "Pictures":
     """The pictures of `rows`, indices or a mask, without reading them."""
-    return Pictures(self.folder, [self.files[row] for row in np.arange(len(self))[rows]], self.size)
+    return Pictures(self.folder, [self.files[row] for row in np.arange(len(self))[rows]], self.size, self.fit)
 
   def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
     """Pixels `[h, w, c]` of a picture, or `[n, h, w, c]` of several.
@@ -62,23 +64,23 @@ class Pictures:
       ValueError: a file is missing or damaged.
     """
     if np.ndim(chosen := np.arange(len(self))[rows]) == 0:
-      return decode(self.folder / self.files[chosen].path, self.size)
+      return decode(self.folder / self.files[chosen].path, self.size, self.fit)
     pixels_nhwc = np.empty((len(chosen), *self.shape[1:]), np.uint8)
 
     def fill(place: int, row: int) -> None:
-      pixels_nhwc[place] = decode(self.folder / self.files[row].path, self.size)
+      pixels_nhwc[place] = decode(self.folder / self.files[row].path, self.size, self.fit)
 
     list(_threads().map(fill, range(len(chosen)), chosen))
     return pixels_nhwc
 
   @property
   def fingerprint(self) -> bytes:
-    """SHA-256 of paths, sizes, and the first and last 4096 bytes of every file.
+    """SHA-256 of paths, sizes, and the first and last 4096 bytes of every file; of `fit` too unless it is "crop".
 
     In a compressed picture a change in the middle moves or alters what follows, so edges and size differ as soon as
     pixels do; PNG even ends with a checksum.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if self.fit == "crop" else self.fit.encode())
     for path, content in self.files:
       digest.update(path.encode() + b"\0" + content)
     return digest.digest()
@@ -113,7 +115,7 @@ def in_threads(call: Callable[[Any], Any], items: Sequence, name: str) -> list:
                         file=sys.stderr, mininterval=0.5 if sys.stderr.isatty() else 60))
 
 
-def decode(path: Traversable, size: int) -> np.ndarray:
+def decode(path: Traversable, size: int, fit: str = "crop") -> np.ndarray:
   """Pixels `[size, size, 3]` of a picture file, as `Pictures` says.
 
   Raises:
@@ -127,6 +129,8 @@ def decode(path: Traversable, size: int) -> np.ndarray:
       image = image.convert("RGB")
   except UNREADABLE as error:
     raise ValueError(f"{path} cannot be read ({_reason(error)}); replace or delete it") from error
+  if fit == "squash":
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
   height, width, top, left = resize.fit(image.height, image.width, size, size)
   if (width, height) != image.size:
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -1,0 +1,74 @@
+"""The multi-label data sets, by name.
+
+Shapes: n image, h w pixel, k label.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from digzsl_jax.data import coco, datasets, label_table, multilabel_scenes, nus_wide, voc
+from digzsl_jax.data.pictures import Pictures
+from digzsl_jax.data.tagged import MultilabelDataset, Tagged
+
+LOADERS = {"scenes": multilabel_scenes.load, "nus_wide": nus_wide.load, "nus_wide_csv": nus_wide.load_csv,
+           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists}
+
+
+def load(section: Mapping) -> MultilabelDataset:
+  """The data set `section["name"]`, a key of `LOADERS`; the other fields go to its loader.
+
+  No image is left out for want of labels; published protocols differ in this, and `with_any` serves those that do.
+
+  Raises:
+    ValueError: an unknown or missing name or field, or files that the loader refuses.
+  """
+  return datasets.call(LOADERS, section)
+
+
+def masks(section: Mapping) -> np.ndarray | None:
+  """`[n, h, w]`, int8: the label (column) that each pixel of the test images of `load(section)` shows, -1 for none.
+
+  None where the data set has no masks: only scenes have.
+  """
+  arguments = {field: value for field, value in section.items() if field not in ("name", "train")}
+  return multilabel_scenes.masks(**arguments) if section["name"] == "scenes" else None
+
+
+def with_any(tagged: Tagged, columns: Sequence[int]) -> np.ndarray:
+  """Rows of the images that hold one or more labels of `columns`.
+
+  ML-Decoder's published code trains and evaluates NUS-WIDE on these alone: of the seen labels in training, of the
+  unseen ones in ZSL, of all in GZSL. BiAM and LESA keep every image. Dropping takes negatives away, so numbers of the
+  two protocols do not compare.
+  """
+  return np.flatnonzero((tagged.targets_nk[:, columns] == 1).any(1))
+
+
+def fingerprint(dataset: MultilabelDataset) -> str:
+  """SHA-256 (hex) of everything in the data set: names, lists, targets, notes, image bytes or file digests."""
+  digest = hashlib.sha256()
+  for field in dataclasses.fields(dataset):
+    value = getattr(dataset, field.name)
+    digest.update(f"\0{field.name}\0".encode())
+    if isinstance(value, Tagged):
+      images, targets_nk = value
+      digest.update(repr(images.shape).encode())
+      digest.update(images.fingerprint if isinstance(images, Pictures) else np.ascontiguousarray(images))
+      digest.update(np.ascontiguousarray(targets_nk))
+    else:
+      digest.update(repr(value).encode())
+  return digest.hexdigest()
+
+
+def summary(dataset: MultilabelDataset) -> str:
+  """One line of counts, for logs."""
+  height, width = dataset.test.images_nhwc.shape[1:3]
+  counts = []
+  for field, (_, targets_nk) in (("train", dataset.train), ("test", dataset.test)):
+    each = (targets_nk == 1).sum() / max(len(targets_nk), 1)
+    counts.append(f"{field} {len(targets_nk)} with {each:.2f} labels each")
+  return (f"{dataset.name}: {len(dataset.seen)} seen labels, {len(dataset.unseen)} unseen; images of {height}x{width} "
+          f"pixels: {', '.join(counts)}")
