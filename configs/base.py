@@ -72,6 +72,26 @@ def dig_zsl() -> config_dict.ConfigDict:
   ).lock()
 
 
+def clip_decoder() -> config_dict.ConfigDict:
+  """CLIP-Decoder at the size of the small worlds."""
+  return config_dict.create(
+      method="clip_decoder",
+      seed=0,
+      stages=("train", "evaluate", "report"),
+      data=dict(name="scenes", world=0, train=2400, test=480, seed=0, max_objects=4),
+      models=dict(clip="embedded:scenes/clip", tresnet="", dtype="float32", queries="text",
+                  template="a photo of a {name}"),
+      mesh=dict(devices=0),
+      train=dict(
+          encoder="clip", train_encoder=False, groups=0, width=128, heads=4, feed_forward=256, dropout=0.1, shared=64,
+          alpha=0.1, beta=1.0, temperature=0.1, gamma_negative=4.0, gamma_positive=0.0, margin=0.05,
+          caption="a photo of", drop_empty=False, labels=0, augment=False, epochs=20, batch=32, learning_rate=1e-3,
+          weight_decay=1e-4, coupled=False, average=0.99),
+      evaluate=dict(top=(3, 5), drop_empty=False, skip_absent=False),
+      report=dict(examples=12, tags=4, labels=60, thumbnail=128, published=()),
+  ).lock()
+
+
 def benchmark(name: str, folder: str) -> config_dict.ConfigDict:
   """DIG-ZSL at the size of its paper (arXiv 2412.17219), for AWA2, CUB, FLO and SUN.
 

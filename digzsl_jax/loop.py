@@ -13,6 +13,7 @@ from flax import nnx
 
 from digzsl_jax import checkpoint
 from digzsl_jax.logs import Log
+from digzsl_jax.models import layers
 
 HELD_OUT = 512  # rows at the end of the data that only measure
 SAVE_EVERY = 500  # updates between checkpoints
@@ -139,7 +140,5 @@ class Loop:
 
 
 def build(model_type: type[nnx.Module], config: Mapping, seed: int) -> nnx.Module:
-  """A freshly initialised model, initialised in one compiled call (eager initialisation is slow)."""
-  graphdef = nnx.graphdef(nnx.eval_shape(lambda: model_type.from_json(config, rngs=nnx.Rngs(seed))))
-  state = jax.jit(lambda: nnx.state(model_type.from_json(config, rngs=nnx.Rngs(seed))))()
-  return nnx.merge(graphdef, state)
+  """A freshly initialised model."""
+  return layers.initialised(lambda: model_type.from_json(config, rngs=nnx.Rngs(seed)))

@@ -10,19 +10,25 @@ def normalise(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-12))
 
 
-def clip(images_bd: jax.Array, texts_bd: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+def clip(images_bd: jax.Array, texts_bd: jax.Array, scale: jax.Array,
+         counted_b: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
   """Symmetric contrastive loss (arXiv 2103.00020, figure 3) and the accuracy of image to text.
 
   Args:
     images_bd: image embeddings, any norm.
     texts_bd: text embeddings, row b belongs to image b.
     scale: inverse temperature.
+    counted_b: False leaves a pair out; the loss of no pairs at all is 0.
   """
   logits_bb = scale * normalise(images_bd) @ normalise(texts_bd).T
   own_b = jnp.arange(logits_bb.shape[0])
-  loss = optax.softmax_cross_entropy_with_integer_labels
-  mean = (loss(logits_bb, own_b).mean() + loss(logits_bb.T, own_b).mean()) / 2
-  return mean, jnp.mean(logits_bb.argmax(-1) == own_b)
+  loss, mean = optax.softmax_cross_entropy_with_integer_labels, jnp.mean
+  if counted_b is not None:
+    # Its own column stays in a row that does not count, which so has a finite gradient.
+    logits_bb = jnp.where(counted_b & counted_b[:, None] | jnp.eye(len(own_b), dtype=bool), logits_bb, -jnp.inf)
+    mean = lambda values_b: jnp.sum(jnp.where(counted_b, values_b, 0)) / jnp.maximum(counted_b.sum(), 1)
+  both = (mean(loss(logits_bb, own_b)) + mean(loss(logits_bb.T, own_b))) / 2
+  return both, mean(logits_bb.argmax(-1) == own_b)
 
 
 def cosine_cross_entropy(embeds_bd: jax.Array, prototypes_kd: jax.Array, labels_b: jax.Array,

@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from digzsl_jax import checkpoint, files, report_page, workspace
+from digzsl_jax import checkpoint, files, report_page, report_parts, workspace
 from digzsl_jax.data import images, scenes, splits
 from digzsl_jax.runs import report
 
@@ -273,7 +273,7 @@ def test_missing_optional_parts_are_left_out(finished, tmp_path):
 
 
 def test_large_pictures_are_reduced():
-  uri = report.data_uri(np.zeros((300, 200, 3), np.uint8), 96)
+  uri = report_parts.data_uri(np.zeros((300, 200, 3), np.uint8), 96)
   header = base64.b64decode(uri.split(",")[1])
   assert int.from_bytes(header[16:20], "big") == 64 and int.from_bytes(header[20:24], "big") == 96
 

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 # Sets of templates; the mean of a class's text embeddings over a set stands for the class. After CLIP's authors:
 # prompts.md and the notebook on ImageNet in github.com/openai/CLIP, whose templates for birds, flowers and scenes serve
@@ -120,3 +120,21 @@ def check_template(template: str, *, token: bool = False, field: str = "prompt t
     has = ", ".join(f"{{{field}}}" for field in found) or "no field"
     raise ValueError(f'{field} "{template}" must contain {wanted} once each and nothing else in '
                      f"braces; it has {has}")
+
+
+def caption(prefix: str, names: Sequence[str], fits: Callable[[str], bool]) -> str:
+  """One sentence for several labels, "a photo of sky, car and road": as many as `fits` allows, the first in any case.
+
+  Args:
+    prefix: what comes before the names.
+    names: at least one.
+    fits: whether a text can be encoded whole.
+  """
+  names, text = [class_name(name) for name in names], ""
+  for count in range(1, len(names) + 1):
+    *others, last = names[:count]
+    longer = " ".join(filter(None, (prefix, f"{', '.join(others)} and {last}" if others else last)))
+    if text and not fits(longer):
+      break
+    text = longer
+  return text

@@ -18,7 +18,7 @@ and outputs of a product, n everything else.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,12 @@ def first(initializer):
 def parameter(initializer, shape: tuple[int, ...], *, rngs: nnx.Rngs) -> nnx.Param:
   """A parameter that belongs to no layer, float32."""
   return nnx.Param(first(initializer)(rngs.params(), shape))
+
+
+def initialised(make: Callable[[], nnx.Module]) -> nnx.Module:
+  """What `make` builds, initialised in one compiled call: eager initialisation is slow."""
+  graphdef = nnx.graphdef(nnx.eval_shape(make))
+  return nnx.merge(graphdef, jax.jit(lambda: nnx.state(make()))())
 
 
 ZEROS, ONES = first(nnx.initializers.zeros), first(nnx.initializers.ones)

@@ -10,18 +10,14 @@ Stable Diffusion. `lambda_curve` holds, by source ("learned", "plain"), lists of
 Shapes: n image, h w pixel, c colour channel.
 """
 
-import base64
 import dataclasses
-import io
-import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from digzsl_jax import checkpoint, files, report_quality
+from digzsl_jax import checkpoint, files, report_parts, report_quality
 from digzsl_jax import report_page as page
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated as generated_images
@@ -82,15 +78,11 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, An
            protocol(results, ws.dataset.notes), made(grids, results, ws, settings),
            report_quality.section(results.get("quality"), ws.dataset.names, SOURCES),
            class_bars(results, ws.dataset.names), made(token_map, ws), made(loss_curves, ws), lambda_curves(results),
-           images_curve(results), stage_times(results, ws.stages), appendix(results, ws.config)]
+           images_curve(results), report_parts.stage_times(results, ws.stages),
+           report_parts.appendix(results, ws.config)]
   text = page.page(title(results), *parts)
   files.write_text(ws.workdir / "report.html", text)
   return {"bytes": len(text)}
-
-
-def ordered(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-  """`found` in the order of `names`, which a JSON file does not keep; what has no name comes last."""
-  return {name: found[name] for name in (*(n for n in names if n in found), *found)}
 
 
 def scores(entry: Mapping[str, Any], gzsl: str = "gzsl") -> dict[str, Any]:
@@ -118,10 +110,10 @@ def header(results: Mapping, ws: Workspace) -> Html:
   pairs = [("Data set", results["dataset"]),
            ("Classes", f"{classes.get('seen', '?')} seen, {classes.get('unseen', '?')} unseen"),
            ("Seed", results.get("seed", ws.seed)), ("Devices", results.get("devices", "not recorded")),
-           ("Time before this page", duration(sum(results.get("seconds", {}).values())))]
+           ("Time before this page", report_parts.duration(sum(results.get("seconds", {}).values())))]
   versions = ws.workdir / "versions.json"
   if versions.exists():
-    found = ordered(files.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
+    found = report_parts.ordered(files.read_json(versions), ("digzsl_jax", "git", "jax", "flax"))
     pairs.append(("Versions", ", ".join(f"{name} {version}" for name, version in found.items())))
   warned = [tag("p", tag("b", "Warning: "), text, class_="alarm") for text in results.get("warnings", ())]
   finding = warned or [tag("p", verdict(results), class_="verdict")]  # not both: the one takes back the other
@@ -166,7 +158,7 @@ def alarm(results: Mapping) -> Html | None:
 def baseline_rows(baselines: Mapping, guide: str) -> Iterator[tuple[str | None, str, Mapping]]:
   """(CSS class, name, entry) of each baseline but plain_sd; `guide` is that of the config."""
   chosen = baselines.get("cdm_prototype")  # the same numbers as those of the kind of head that the config names
-  for key, entry in ordered(baselines, BASELINES).items():
+  for key, entry in report_parts.ordered(baselines, BASELINES).items():
     name = BASELINES.get(key, spoken(key))
     of_cdm = key.startswith("cdm_prototype_") and entry == chosen
     if of_cdm if guide == "cdm" else key == "clip_zero_shot":
@@ -236,17 +228,9 @@ def protocol(results: Mapping, notes: Sequence[str]) -> Html | None:
     *(tag("p", note, class_="note") for note in notes))
 
 
-def data_uri(image_hwc: np.ndarray, longest: int) -> str:
-  """A PNG inside the page, reduced to `longest` pixels where it is larger."""
-  picture, buffer = Image.fromarray(image_hwc), io.BytesIO()
-  picture.thumbnail((longest, longest))
-  picture.save(buffer, format="PNG")
-  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def strip(pictures: Sequence[np.ndarray], columns: int, source: str, name: str, longest: int) -> Html:
   """Pictures `[h, w, c]` of one class and source in a grid of `columns`, no side longer than `longest` pixels."""
-  cells = (tag("img", src=data_uri(picture, longest), alt=f"{name}, {source}, {index}",
+  cells = (tag("img", src=report_parts.data_uri(picture, longest), alt=f"{name}, {source}, {index}",
                class_="pixels" if max(picture.shape[:2]) <= 64 else None)
            for index, picture in enumerate(pictures))
   return tag("div", *cells, class_=f"strip {source}",
@@ -266,7 +250,7 @@ def grids(results: Mapping, ws: Workspace, settings: Settings) -> Html:
   folder, real = ws.folder("generate") / "test", ws.dataset.test_unseen
   names = {ws.dataset.names[label]: label for label in ws.dataset.unseen}
   manifest = generated_images.read_manifest(folder, list(names))
-  made = ordered(manifest["files"], ("plain", "learned"))
+  made = report_parts.ordered(manifest["files"], ("plain", "learned"))
   per_class = results.get("generated", {}).get("per_class", {})
   columns = min(settings.images_per_class, manifest["images"])
   side = max(1, columns // 2)  # real pictures get half the columns, in as many rows
@@ -294,7 +278,7 @@ def class_bars(results: Mapping, names: Sequence[str]) -> Html | None:
     return None
   shown = {source: values for source, values in (("plain", plain), ("learned", ours)) if values}
   series = [(source, SOURCES[source]) for source in shown]
-  rows = [(name, [values.get(name) for values in shown.values()]) for name in ordered(ours, names)]
+  rows = [(name, [values.get(name) for values in shown.values()]) for name in report_parts.ordered(ours, names)]
   keys = page.legend(*series, *([("real", "trained on real images (stroke)")] if real else []))
   return page.section(
     "classes", "Accuracy by class", "T1 of each unseen class in percent: between the bars lies what the "
@@ -307,7 +291,7 @@ def token_map(ws: Workspace) -> Html | None:
   points = [(ws.config["tokens"]["initial"], "cross", ws.initial_token)]
   for task, marker in (("test", "dot"), ("validation", "ring")):
     if (path := ws.folder("tokens") / TOKENS[task]).exists():
-      found = ordered(checkpoint.read_arrays(path), ws.dataset.names)
+      found = report_parts.ordered(checkpoint.read_arrays(path), ws.dataset.names)
       points += [(name, marker, vector_d) for name, token in found.items() for vector_d in np.atleast_2d(token)]
   if len(points) < 5:
     return None
@@ -323,7 +307,7 @@ def token_map(ws: Workspace) -> Html | None:
 def loss_curves(ws: Workspace) -> Html | None:
   """A small panel per class, those of a task on one scale; validation classes folded away."""
   paths = {task: ws.folder("tokens") / f"{task}_curves.json" for task in TOKENS}
-  found = {task: ordered(files.read_json(path), ws.dataset.names) for task, path in paths.items()
+  found = {task: report_parts.ordered(files.read_json(path), ws.dataset.names) for task, path in paths.items()
            if path.exists()}
   panels = {}
   for task, curves in found.items():
@@ -399,31 +383,3 @@ def images_curve(results: Mapping) -> Html | None:
     page.legend(*((source, SOURCES[source]) for source in found)),
     tag("figure", axes.svg("T1 against generated images", axes.frame("generated images of a class"),
                            page.ended_curves(axes, lines))))
-
-
-def duration(seconds: float) -> str:
-  """In seconds, from 90 of them in minutes, from 90 minutes in hours."""
-  if seconds < 90:
-    return f"{seconds:.1f} s"
-  return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def stage_times(results: Mapping, stages: Iterable[str]) -> Html | None:
-  """Seconds of each stage; None where none are recorded."""
-  seconds = ordered(results.get("seconds", {}), stages)
-  if not seconds:
-    return None
-  rows = [(name, [value]) for name, value in seconds.items()]
-  return page.section(
-    "times", "Stage times", "Seconds of each stage before the evaluation, compilation included: the longest "
-    "bar is the one to speed up.",
-    page.bars(rows, [("other", "seconds")], max(*seconds.values(), 1e-9), "seconds by stage", digits=1))
-
-
-def appendix(results: Mapping, config: Mapping) -> Html:
-  """The validation task, on which settings were chosen, and the config, to repeat the run."""
-  blocks = {"Numbers of the validation classes": results.get("validation"), "Config": config}
-  folded = (tag("details", tag("summary", name), tag("pre", json.dumps(value, indent=2, default=str)))
-            for name, value in blocks.items() if value)
-  return page.section("appendix", "To repeat it", "What was measured on the validation classes, on which "
-                      "settings are chosen, and the settings themselves.", *folded)

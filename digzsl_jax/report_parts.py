@@ -1,0 +1,57 @@
+"""Parts of `report.html` that the reports of all methods share.
+
+Shapes: h w pixel, c colour channel.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from digzsl_jax import report_page as page
+from digzsl_jax.report_page import Html, tag
+
+
+def ordered(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """`found` in the order of `names`, which a JSON file does not keep; what has no name comes last."""
+  return {name: found[name] for name in (*(n for n in names if n in found), *found)}
+
+
+def data_uri(image_hwc: np.ndarray, longest: int) -> str:
+  """A PNG inside the page, reduced to `longest` pixels where it is larger."""
+  picture, buffer = Image.fromarray(image_hwc), io.BytesIO()
+  picture.thumbnail((longest, longest))
+  picture.save(buffer, format="PNG")
+  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def duration(seconds: float) -> str:
+  """In seconds, from 90 of them in minutes, from 90 minutes in hours."""
+  if seconds < 90:
+    return f"{seconds:.1f} s"
+  return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def stage_times(results: Mapping, stages: Iterable[str]) -> Html | None:
+  """Seconds of each stage; None where none are recorded."""
+  seconds = ordered(results.get("seconds", {}), stages)
+  if not seconds:
+    return None
+  rows = [(name, [value]) for name, value in seconds.items()]
+  return page.section(
+    "times", "Stage times", "Seconds of each stage before the evaluation, compilation included: the longest "
+    "bar is the one to speed up.",
+    page.bars(rows, [("other", "seconds")], max(*seconds.values(), 1e-9), "seconds by stage", digits=1))
+
+
+def appendix(results: Mapping, config: Mapping) -> Html:
+  """The validation task, on which settings were chosen, and the config, to repeat the run."""
+  blocks = {"Numbers of the validation classes": results.get("validation"), "Config": config}
+  folded = (tag("details", tag("summary", name), tag("pre", json.dumps(value, indent=2, default=str)))
+            for name, value in blocks.items() if value)
+  return page.section("appendix", "To repeat it", "What was measured on the validation classes, on which "
+                      "settings are chosen, and the settings themselves.", *folded)
