@@ -38,7 +38,7 @@ def read_pickle(path: os.PathLike, say: Callable[[str], object] = print) -> dict
   """The tensors of a pickled file, none of which shares its memory with another.
 
   Args:
-    path: what `torch.save` wrote: tensors by name, or a dictionary with these as `state_dict`.
+    path: what `torch.save` wrote: tensors by name, or a dictionary with these as `state_dict` or `model`.
     say: gets a line about entries that are no tensors.
 
   Raises:
@@ -66,8 +66,9 @@ def read_pickle(path: os.PathLike, say: Callable[[str], object] = print) -> dict
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise ValueError(f"{path} is damaged or no file of torch.save ({reason}): download it again; a Git LFS pointer "
                      "needs git lfs pull") from error
-  if isinstance(stored, Mapping) and isinstance(stored.get("state_dict"), Mapping):
-    stored = stored["state_dict"]
+  for inner in "state_dict", "model":
+    if isinstance(stored, Mapping) and isinstance(stored.get(inner), Mapping):
+      stored = stored[inner]
   entries = stored if isinstance(stored, Mapping) else {}
   tensors = {key: value for key, value in entries.items() if isinstance(key, str) and torch.is_tensor(value)}
   if not tensors:

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 
 from digzsl_jax.models import cdm, hub, inception
-from tests.inception_weights import photographs, random_tensors
+from tests.random_weights import photographs, random_tensors
 
 GOLDEN = np.load(pathlib.Path(__file__).parent / "goldens" / "inception.npz")["bilinear"]
 

@@ -51,7 +51,8 @@ FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "ab
 OPENERS = {"open", "read_text", "read_bytes", "write_text", "write_bytes"}
 READS_FILES = {f"{PACKAGE}/models/{name}.py" for name in ("hub", "download")}
 # `load(folder)` of these joins a folder's name with those of its parts and leaves the reading to hub.
-NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in ("stable_diffusion", "single_file", "cdm", "inception")}
+NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in
+                 ("stable_diffusion", "single_file", "cdm", "inception", "tresnet", "ml_decoder")}
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 CONVERTER = f"{PACKAGE}/convert.py"  # reads pickles, which only PyTorch can; loads it when it is called
 REFERENCE = f"{PACKAGE}/verify/reference.py"  # the oracle itself, run in a process of its own and imported by nothing

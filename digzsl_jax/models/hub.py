@@ -152,9 +152,12 @@ def read_tensors(path: os.PathLike) -> Tensors:
   """The tensors of a model folder, or of one safetensors file.
 
   Raises:
-    CheckpointError: no such folder, no safetensors in it, or a damaged file.
+    CheckpointError: no such folder, no safetensors in it, or a damaged or pickled file.
   """
   path = pathlib.Path(path)
+  if path.suffix in PICKLES and path.is_file():
+    raise CheckpointError(f"{path} is pickled, which can run any code and is never read: convert it with `python -m "
+                          f"digzsl_jax.convert {path} {path.with_suffix('.safetensors')}` (needs the extra `oracle`)")
   if path.is_file():
     return Tensors([path])
   if not path.is_dir():

@@ -152,14 +152,8 @@ class BasicConv2d(nnx.Module):
     self.bn = layers.BatchNorm(outputs, EPSILON, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_bijd: jax.Array) -> jax.Array:
-    return jax.nn.relu(self.bn(self._convolved(x_bijd)))
-
-  def _convolved(self, x_bijd: jax.Array) -> jax.Array:
-    if self.conv.kernel_size != (1, 1):
-      return self.conv(x_bijd)
-    # As a convolution it takes XLA:CPU twice as long.
-    out_nd = layers.product(x_bijd.reshape(-1, x_bijd.shape[-1]), self.conv.kernel[...][0, 0])
-    return out_nd.astype(self.conv.out).reshape(*x_bijd.shape[:-1], -1)
+    is_pointwise = self.conv.kernel_size == (1, 1)
+    return jax.nn.relu(self.bn(layers.pointwise(self.conv, x_bijd) if is_pointwise else self.conv(x_bijd)))
 
 
 def inner(x_bijd: jax.Array) -> jax.Array:

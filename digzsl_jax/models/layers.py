@@ -69,10 +69,11 @@ class Linear(nnx.Linear):
     return out_ny.astype(self.dtype).reshape(*inputs.shape[:-1], self.out_features)
 
 
-def linear(inputs: int, outputs: int, *, bias: bool = True, kernel_init=LECUN, dtype, rngs: nnx.Rngs) -> Linear:
+def linear(inputs: int, outputs: int, *, bias: bool = True, kernel_init=LECUN, bias_init=nnx.initializers.zeros, dtype,
+           rngs: nnx.Rngs) -> Linear:
   weights, out = types(dtype)
   return Linear(inputs, outputs, use_bias=bias, dtype=out, param_dtype=weights, kernel_init=first(kernel_init),
-                bias_init=ZEROS, rngs=rngs)
+                bias_init=first(bias_init), rngs=rngs)
 
 
 def product(inputs_nx: jax.Array, kernel_xy: jax.Array) -> jax.Array:
@@ -110,7 +111,7 @@ class Conv(nnx.Conv):
 
 
 def conv(inputs: int, outputs: int, kernel: int | tuple[int, int], *, stride: int = 1, padding=None, bias: bool = True,
-         dtype, rngs: nnx.Rngs) -> Conv:
+         kernel_init=LECUN, dtype, rngs: nnx.Rngs) -> Conv:
   """Convolution over `[b, i, j, channel]`, square for one number; padding defaults to `kernel // 2` on every side."""
   kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
   if padding is None:
@@ -119,7 +120,15 @@ def conv(inputs: int, outputs: int, kernel: int | tuple[int, int], *, stride: in
   weights, out = types(dtype)
   return Conv(inputs, outputs, kernel, strides=stride, padding=pads, use_bias=bias,
               conv_general_dilated=convolve, dtype=weights, param_dtype=weights, out=out,
-              kernel_init=first(LECUN), bias_init=ZEROS, rngs=rngs)
+              kernel_init=first(kernel_init), bias_init=ZEROS, rngs=rngs)
+
+
+def pointwise(conv: Conv, x_bijd: jax.Array) -> jax.Array:
+  """A 1x1 convolution of stride 1 as a product: as a convolution it takes XLA:CPU twice as long."""
+  out_nd = product(x_bijd.reshape(-1, x_bijd.shape[-1]), conv.kernel[...][0, 0])
+  if conv.bias is not None:
+    out_nd += conv.bias[...]
+  return out_nd.astype(conv.out).reshape(*x_bijd.shape[:-1], -1)
 
 
 def convolve(x_bijc: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
@@ -179,17 +188,40 @@ def layer_norm(width: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> nnx.Laye
 
 
 class BatchNorm(nnx.Module):
-  """Batch norm (arXiv 1502.03167) by the statistics that training left, in float32; PyTorch's names."""
+  """Batch norm (arXiv 1502.03167) in float32, with PyTorch's names, momentum 0.1 and unbiased running variance.
 
-  def __init__(self, channels: int, epsilon: float, *, dtype, rngs: nnx.Rngs):
+  In training a batch is the whole one, however it is sharded, and the model gets new running statistics: what is
+  compiled or differentiated must return them, `nnx.state(model, nnx.BatchStat)`.
+  """
+
+  def __init__(self, channels: int, epsilon: float, *, weight_init=nnx.initializers.ones, dtype, rngs: nnx.Rngs):
     zeros, ones = ZEROS(rngs.params(), (channels,)), ONES(rngs.params(), (channels,))
     self.epsilon, self.dtype = epsilon, types(dtype)[1]
-    self.weight, self.bias = nnx.Param(ones), nnx.Param(zeros)
+    self.weight, self.bias = parameter(weight_init, (channels,), rngs=rngs), nnx.Param(zeros)
     self.running_mean, self.running_var = nnx.BatchStat(zeros), nnx.BatchStat(ones)
 
-  def __call__(self, x_bijd: jax.Array) -> jax.Array:
-    scale_d = self.weight[...] * jax.lax.rsqrt(self.running_var[...] + self.epsilon)
-    return (x_bijd * scale_d + (self.bias[...] - self.running_mean[...] * scale_d)).astype(self.dtype)
+  def __call__(self, x_bijd: jax.Array, *, train: bool = False) -> jax.Array:
+    """By the running statistics, or where `train` by those of the batch.
+
+    Raises:
+      ValueError: `train`, and the batch has one value for each channel.
+    """
+    mean_d, var_d = self._update(x_bijd) if train else (self.running_mean[...], self.running_var[...])
+    scale_d = self.weight[...] * jax.lax.rsqrt(var_d + self.epsilon)
+    return (x_bijd * scale_d + (self.bias[...] - mean_d * scale_d)).astype(self.dtype)
+
+  def _update(self, x_bijd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of the batch, which move the running ones."""
+    x_nd = x_bijd.astype(jnp.float32).reshape(-1, x_bijd.shape[-1])
+    if len(x_nd) == 1:
+      raise ValueError("a batch with one value for each channel has no variance: train on larger images or batches")
+    mean_d = x_nd.mean(0)
+    var_d = ((x_nd - mean_d)**2).mean(0)
+    unbiased_d = var_d * (len(x_nd) / (len(x_nd) - 1))
+    # New variables: those that came with the model may belong to an outer trace, as inside of `jax.grad`.
+    self.running_mean = nnx.BatchStat(0.9 * self.running_mean[...] + 0.1 * mean_d)
+    self.running_var = nnx.BatchStat(0.9 * self.running_var[...] + 0.1 * unbiased_d)
+    return mean_d, var_d
 
 
 def embedding(rows: int, width: int, *, dtype, rngs: nnx.Rngs) -> nnx.Embed:

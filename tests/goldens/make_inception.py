@@ -1,4 +1,4 @@
-"""Makes inception.npz: features of FID's Inception in PyTorch, with weights that `tests/inception_weights.py` draws.
+"""Makes inception.npz: features of FID's Inception in PyTorch, with weights that `tests/random_weights.py` draws.
 
 Command: python -m tests.goldens.make_inception (needs torch). Key "bilinear": float32 `[2, 2048]` of the pictures
 of 60 x 80 pixels, resized as pytorch-fid does.
@@ -9,8 +9,8 @@ import pathlib
 import numpy as np
 import torch
 
-from tests.inception_weights import photographs
 from tests.oracle.fid_inception import random_inception
+from tests.random_weights import photographs
 
 
 def main():

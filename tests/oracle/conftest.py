@@ -1,10 +1,30 @@
 """Parity tests draw the same weights in whatever order they run; a fixture of wider scope seeds by itself."""
 
+import importlib.util
 import os
 
 import pytest
 
 collect_ignore = [] if os.environ.get("DIGZSL_FULL_SIZE") else ["test_full_size.py"]  # an hour
+
+
+def operators():
+  """What torchvision needs to be imported, by timm and transformers: PyPI's build of it has its operators in a library
+  that does not load without CUDA."""
+  if not all(map(importlib.util.find_spec, ("torch", "torchvision"))):
+    return None
+  import torch
+  try:
+    importlib.import_module("torchvision")
+  except RuntimeError:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in "nms", "qnms":
+      library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+  return None
+
+
+OPERATORS = operators()  # they are gone when it is
 
 
 @pytest.fixture(autouse=True)

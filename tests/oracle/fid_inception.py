@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.inception_weights import random_tensors
+from tests.random_weights import random_tensors
 
 
 class BasicConv2d(nn.Module):

@@ -6,12 +6,12 @@ import torch
 from flax import nnx
 
 
-def perturbed(model):
+def perturbed(model, noise=0.1):
   """`model` with noise on every parameter, so that none is a neutral 0 or 1."""
   generator = torch.Generator().manual_seed(1)
   with torch.no_grad():
     for parameter in model.parameters():
-      parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+      parameter += noise * torch.randn(parameter.shape, generator=generator)
   return model.eval()
 
 

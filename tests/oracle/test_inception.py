@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 
 from digzsl_jax import convert
 from digzsl_jax.models import hub, inception
-from tests.inception_weights import photographs
 from tests.oracle.fid_inception import mean_3x3, random_inception
 from tests.oracle.parity import to_numpy, to_torch
+from tests.random_weights import photographs
 
 SIZES = [(64, 48), (299, 299), (311, 420), (512, 640)]
 

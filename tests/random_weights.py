@@ -1,5 +1,6 @@
-"""Random weights of FID's Inception, the same with and without PyTorch, and pictures for it."""
+"""Random weights of convolutional networks, the same with and without PyTorch, and pictures for them."""
 
+import re
 import zlib
 from collections.abc import Mapping
 
@@ -11,9 +12,9 @@ def random_tensors(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarra
   tensors = {}
   for name, shape in shapes.items():
     rng = np.random.default_rng(zlib.crc32(name.encode()))
-    if len(shape) == 4:
+    if len(shape) > 1:
       tensors[name] = rng.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
-    elif name.endswith(("running_var", "bn.weight")):
+    elif re.search(r"(running_var|(bn|norm\d)\.weight)$", name):
       tensors[name] = rng.uniform(0.8, 1.25, shape)
     else:
       tensors[name] = rng.normal(0, 0.1, shape)
