@@ -11,16 +11,26 @@ from ml_collections import config_flags
 from digzsl_jax import checkpoint, cli, logs, mesh, stages
 from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 from digzsl_jax.runs import (
-    cdm, class_tokens, classifier, clip_decoder, evaluate, evaluate_multilabel, generate, pretrain, quality, report,
-    report_multilabel)
+  cdm,
+  class_tokens,
+  classifier,
+  clip_decoder,
+  evaluate,
+  evaluate_multilabel,
+  generate,
+  pretrain,
+  quality,
+  report,
+  report_multilabel,
+)
 from digzsl_jax.workspace import Workspace
 
 DIG_ZSL = {"cdm": cdm, "tokens": class_tokens, "generate": generate, "classifier": classifier, "quality": quality,
            "evaluate": evaluate, "report": report}
 CLIP_DECODER = {"train": clip_decoder, "evaluate": evaluate_multilabel, "report": report_multilabel}
-dig_zsl = functools.partial(stages.run, DIG_ZSL, Workspace)
-METHODS = {"dig_zsl": dig_zsl, "clip_decoder": functools.partial(stages.run, CLIP_DECODER, MultilabelWorkspace),
-           "pretrain": pretrain.run}  # each of `(config, workdir, log, dry_run)`
+STAGED = {"dig_zsl": (DIG_ZSL, Workspace), "clip_decoder": (CLIP_DECODER, MultilabelWorkspace)}
+# `(config, workdir, log, dry_run)` of each method.
+METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {"pretrain": pretrain.run}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment; its fields are overridden by dots.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/<config name>.")

@@ -152,6 +152,11 @@ class MultilabelWorkspace(BaseWorkspace):
         embeds_nx[row] = embeds_rx[place[text]]
     return embeds_nx
 
+  @property
+  def closed(self) -> bool:
+    """Whether the decoder is one of the seen labels alone, which no query can ask for another."""
+    return self.config["train"]["groups"] > 0
+
   def new_encoder(self) -> clip_decoder.Tokens:
     """The image encoder that training starts from."""
     kind = self.config["train"]["encoder"]
@@ -165,15 +170,14 @@ class MultilabelWorkspace(BaseWorkspace):
 
   def new_decoder(self) -> clip_decoder.CLIPDecoder:
     """Encoder and untrained head, as section `train` describes them."""
-    section, encoder = self.config["train"], self.new_encoder()
-    groups = section["groups"]
-    head = {"inputs": encoder.width, "query_width": self.query_vectors_kw.shape[1], "width": section["width"],
-            "heads": section["heads"], "feed_forward": section["feed_forward"], "dropout": section["dropout"]}
-    if groups:
-      head |= {"classes": len(self.dataset.seen), "groups": groups}
-    captions = self.clip.text_projection.out_features
+    encoder, classes = self.new_encoder(), len(self.dataset.seen) if self.closed else 0
+    head = {"inputs": encoder.width, "query_width": self.query_vectors_kw.shape[1], "classes": classes,
+            "groups": self.config["train"]["groups"] or 1, "width": self.config["train"]["width"],
+            "heads": self.config["train"]["heads"], "feed_forward": self.config["train"]["feed_forward"],
+            "dropout": self.config["train"]["dropout"]}
+    captions, shared = self.clip.text_projection.out_features, self.config["train"]["shared"]
     model = layers.initialised(lambda: clip_decoder.CLIPDecoder(
-        None, head, captions, section["shared"], section["temperature"], dtype=self.models.dtype,
+        None, head, captions, shared, self.config["train"]["temperature"], dtype=self.models.dtype,
         rngs=nnx.Rngs(self.seed)))
     model.encoder = encoder
     return model

@@ -27,7 +27,7 @@ START = np.array([[1.0, -1.0]], np.float32)
 def learn(config, folder):
   """Runs the first two stages; the tokens of both tasks."""
   config.stages = ("cdm", "tokens")
-  command.dig_zsl(config.to_dict(), folder, logs.Log(folder), False)
+  command.METHODS["dig_zsl"](config.to_dict(), folder, logs.Log(folder), False)
   return {(task, name): vector for task, file in TOKENS.items()
           for name, vector in checkpoint.read_arrays(folder / "tokens" / file).items()}
 

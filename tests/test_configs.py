@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 from ml_collections import config_dict
 
-from digzsl_jax import base_workspace, loop, main, stages, workspace
-from digzsl_jax.data import datasets
+from digzsl_jax import base_workspace, loop, main, multilabel_workspace, stages, workspace
+from digzsl_jax.data import datasets, multilabel
 from digzsl_jax.runs import pretrain
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,20 +37,24 @@ def test_no_field_can_be_invented(name):
         section.typo = 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if load(name).method == "dig_zsl"])
+@pytest.mark.parametrize("name", [name for name in NAMES if load(name).method in main.STAGED])
 def test_sections_fit_their_settings(name):
   config = load(name).to_dict()
-  assert set(config) == stages.SHARED | set(main.DIG_ZSL)
-  assert set(config["stages"]) <= set(main.DIG_ZSL)
-  base_workspace.parse(workspace.ModelSettings, config["models"], "models")
-  for section, module in main.DIG_ZSL.items():
+  known, kind = main.STAGED[config["method"]]
+  assert set(config) == stages.SHARED | set(known)
+  assert set(config["stages"]) <= set(known)
+  settings = {workspace.Workspace: workspace.ModelSettings,
+              multilabel_workspace.MultilabelWorkspace: multilabel_workspace.ModelSettings}[kind]
+  base_workspace.parse(settings, config["models"], "models")
+  for section, module in known.items():
     base_workspace.parse(module.Settings, config[section], section)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "data" in load(name)])
 def test_data_fits_its_loader(name):
-  arguments = load(name).data.to_dict()
-  assert set(arguments) - {"name"} <= set(inspect.signature(datasets.LOADERS[arguments["name"]]).parameters)
+  arguments, several = load(name).data.to_dict(), load(name).method != "dig_zsl"
+  loader = (multilabel if several else datasets).LOADERS[arguments["name"]]
+  assert set(arguments) - {"name"} <= set(inspect.signature(loader).parameters)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).method == "pretrain"])

@@ -17,7 +17,7 @@ from digzsl_jax.workspace import Workspace
 
 def run(config, folder, *stages):
   config.stages = stages
-  command.dig_zsl(config.to_dict(), folder, logs.Log(folder), False)
+  command.METHODS["dig_zsl"](config.to_dict(), folder, logs.Log(folder), False)
 
 
 def token_settings(**changes):
@@ -98,9 +98,9 @@ def test_image_that_does_not_decode(tmp_path):
 def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):
   config = tiny_config.to_dict()
   with pytest.raises(ValueError, match=r"unknown or lacks sections \['token'\]"):
-    command.dig_zsl(config | {"token": {}}, tmp_path, logs.Log(tmp_path), False)
+    command.METHODS["dig_zsl"](config | {"token": {}}, tmp_path, logs.Log(tmp_path), False)
   with pytest.raises(ValueError, match=r"config.stages: \['cdn'\] unknown"):
-    command.dig_zsl(config | {"stages": ("cdn",)}, tmp_path, logs.Log(tmp_path), False)
+    command.METHODS["dig_zsl"](config | {"stages": ("cdn",)}, tmp_path, logs.Log(tmp_path), False)
   for stages, lacking in ((("tokens",), "cdm"), (("cdm", "generate"), "tokens")):
     with pytest.raises(ValueError, match=f"stage {lacking} has not finished"):
       run(tiny_config, tmp_path, *stages)
@@ -108,7 +108,7 @@ def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):
   for section, field, others in (("models", "sd", {}), ("cdm", "encoder", {"kind": "mlp"})):
     wrong = {section: config[section] | others | {field: "nowhere"}}
     with pytest.raises(ValueError, match=f"config.{section}.{field} is 'nowhere', but there is no folder"):
-      command.dig_zsl(config | wrong, tmp_path, logs.Log(tmp_path), False)
+      command.METHODS["dig_zsl"](config | wrong, tmp_path, logs.Log(tmp_path), False)
 
 
 @pytest.mark.parametrize("section, field, message", [

@@ -43,7 +43,7 @@ def run(folder, workdir, **overrides):
   config.cdm.update(hidden=64, steps=300, temperature=0.1)
   config.classifier.update(images=40, steps=200)
   config.update_from_flattened_dict(overrides)
-  main.dig_zsl(config.to_dict(), workdir, logs.Log(workdir), False)
+  main.METHODS["dig_zsl"](config.to_dict(), workdir, logs.Log(workdir), False)
   return json.loads((workdir / "results.json").read_text())
 
 

@@ -197,7 +197,7 @@ def test_runs_share_rows(tiny_config, tmp_path, monkeypatch):
   rows = lambda run: (tmp_path / run / "cdm" / "features.safetensors").read_bytes()
 
   def run(name):
-    command.dig_zsl(tiny_config.to_dict(), tmp_path / name, logs.Log(tmp_path / name), False)
+    command.METHODS["dig_zsl"](tiny_config.to_dict(), tmp_path / name, logs.Log(tmp_path / name), False)
     return rows(name)
 
   first = run("first")

@@ -156,7 +156,7 @@ def test_stage_of_a_run(with_inception, tmp_path):
   made = write_generated(folder / "generate" / "test", names, 2, size)
   ws.stages["generate"].finish({"seconds": 0})
   with_inception.stages = ("quality",)
-  command.dig_zsl(with_inception.to_dict(), folder, logs.Log(folder), False)
+  command.METHODS["dig_zsl"](with_inception.to_dict(), folder, logs.Log(folder), False)
   found = ws.stages["quality"].results()
   assert found["resize"] == "bicubic_antialias"
   assert found["images"] == {"real": 4 * len(names), "generated": 2 * len(names)}
@@ -196,5 +196,5 @@ def test_rows_of_photographs_are_kept(with_inception, tmp_path, monkeypatch):
 def test_another_network_is_refused_before_the_first_stage(tiny_config, tiny_world, tmp_path):
   tiny_config.quality.inception = str(tiny_world / "clip" / "model.safetensors")
   with pytest.raises(ValueError, match="config.quality: .*model.safetensors: the weights are not those of InceptionV3"):
-    command.dig_zsl(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path), False)
+    command.METHODS["dig_zsl"](tiny_config.to_dict(), tmp_path, logs.Log(tmp_path), False)
   assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from digzsl_jax import main as command
 
 
 def test_dry_run_prints_costs_and_makes_nothing(tiny_config, tmp_path, capsys):
-  command.dig_zsl(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path), True)
+  command.METHODS["dig_zsl"](tiny_config.to_dict(), tmp_path, logs.Log(tmp_path), True)
   printed = capsys.readouterr().out
   for step in ("prefix", "learn", "sample", "all steps"):
     assert f"  {step}: " in printed

@@ -98,13 +98,13 @@ def test_scenes_keep_unseen_classes_out_of_training():
   data = multilabel.load(SMALL)
   lists = scenes.class_lists(1)
   assert [data.names[k] for k in data.unseen] == [scenes.NAMES[k] for k in lists["unseen"]]
-  assert [data.names[k] for k in data.seen] == [scenes.NAMES[k] for k in lists["seen"]]
+  assert {data.names[k] for k in data.seen} == set(scenes.NAMES) - {data.names[k] for k in data.unseen}
   assert not data.train.targets_nk[:, data.unseen].any()
   for part, columns in ((data.train, data.seen), (data.test, (*data.seen, *data.unseen))):
     positives_k = part.targets_nk[:, columns].sum(0)
     assert positives_k.max() - positives_k.min() <= 1
     assert part.targets_nk.sum(1).tolist() == [1 + i % 4 for i in range(len(part.targets_nk))]
-  assert 0.4 < len(multilabel.with_any(data.test, data.unseen)) / 60 < 0.65
+  assert 0.1 < len(multilabel.with_any(data.test, data.unseen)) / 60 < 0.4
 
 
 def test_scenes_are_the_same_again_and_others_by_seed():

@@ -67,7 +67,7 @@ def run(tiny_world, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(class_tokens, "run", lambda *arguments: {})
     patch.setattr(generate, "run", paint)
-    command.dig_zsl(config.to_dict(), root / "run", logs.Log(root / "run"), False)
+    command.METHODS["dig_zsl"](config.to_dict(), root / "run", logs.Log(root / "run"), False)
   return root / "run", root / "zoo"
 
 

@@ -64,7 +64,7 @@ def test_a_run_towards_prototypes_of_a_file(tiny_config, tmp_path):
   config = tiny_config.copy_and_resolve_references()
   config.models.prototypes, config.stages = str(tmp_path / "mine.npz"), ("cdm",)
   names = workspace.Workspace(tiny_config.to_dict(), tmp_path, logs.Log(tmp_path)).dataset.names
-  run = lambda: main.dig_zsl(config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
+  run = lambda: main.METHODS["dig_zsl"](config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"), False)
   with pytest.raises(ValueError, match="mine.npz cannot be read"):
     run()
   np.savez(tmp_path / "mine.npz", names=names, prototypes=np.random.default_rng(0).normal(size=(len(names), 7)))

@@ -16,7 +16,7 @@ class Killed(BaseException):
 
 
 def run(config, folder):
-  command.dig_zsl(config.to_dict(), folder, logs.Log(folder), False)
+  command.METHODS["dig_zsl"](config.to_dict(), folder, logs.Log(folder), False)
 
 
 def run_until(config, folder, writes, monkeypatch):

@@ -16,10 +16,11 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "optimisers", "quality"}
-TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_quality", "files", "cli"}
+TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_parts", "report_quality", "files", "cli"}
+WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
-    "main": {"runs", "stages", "workspace", *TOOLS},
+    "main": {"runs", "stages", "workspace", "multilabel_workspace", *TOOLS},
     "stages": {"base_workspace", *TOOLS},
     "report": {"merged_runs", *TOOLS},
     "merged_runs": {"report_page", "files"},
@@ -27,10 +28,12 @@ MAY_IMPORT = {
     "generate": {*LIBRARY, *TOOLS},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {"base_workspace", "workspace", "loop", *LIBRARY, *TOOLS},  # but never each other
-    "loop": {"checkpoint", "logs"},
+    "runs": {*WORKSPACES, "loop", "batches", *LIBRARY, *TOOLS},  # but never each other
+    "loop": {"models", "checkpoint", "logs"},
+    "batches": set(),
     "base_workspace": {*LIBRARY, *TOOLS},
     "workspace": {"base_workspace", "features", *LIBRARY, *TOOLS},
+    "multilabel_workspace": {"base_workspace", *LIBRARY, *TOOLS},
     "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
@@ -45,6 +48,7 @@ MAY_IMPORT = {
     "data": {"data", "files", "resize"},
     **{tool: {"files"} - {tool} for tool in TOOLS},
     "report_quality": {"report_page"},
+    "report_parts": {"report_page"},
 }
 NO_FILES = LIBRARY - {"data"} | {"resize"}
 FILE_MODULES = {"os", "io", "pathlib", "shutil", "tempfile", "glob", "json", "absl", "ml_collections"}
@@ -190,7 +194,7 @@ def unread(tree: ast.Module) -> dict[str, set[str]]:
 
 def read_by_others(section: str) -> set[str]:
   """Fields that any run or the workspace reads from the section of another: `config["cdm"]["kind"]`."""
-  subscripts = [node for file in in_package("runs", "base_workspace", "workspace") for node in ast.walk(tree_of(file))
+  subscripts = [node for file in in_package("runs", *WORKSPACES) for node in ast.walk(tree_of(file))
                 if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Subscript)]
   keys = [(node.value.slice, node.slice) for node in subscripts]
   return {field.value for outer, field in keys if isinstance(outer, ast.Constant)
@@ -199,7 +203,8 @@ def read_by_others(section: str) -> set[str]:
 
 @pytest.mark.parametrize("file", in_package("runs"))
 def test_every_setting_has_an_effect(file):
-  names = {pathlib.Path(module.__file__).name: name for name, module in main.DIG_ZSL.items()}
+  names = {pathlib.Path(module.__file__).name: name
+           for known, _ in main.STAGED.values() for name, module in known.items()}
   elsewhere = read_by_others(names.get(pathlib.Path(file).name, ""))
   for kind, fields in unread(tree_of(file)).items():
     assert fields <= elsewhere, f"{kind} has fields that nothing reads: use them or take them out"

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from digzsl_jax.models.ml_decoder import MLDecoder
-from digzsl_jax.models.tresnet import TResNet
 from flax import nnx
 
 from digzsl_jax.models import layers
 from digzsl_jax.models.cdm import Preprocess
 from digzsl_jax.models.clip import CLIPVisionModel
+from digzsl_jax.models.ml_decoder import MLDecoder
+from digzsl_jax.models.tresnet import TResNet
 
 
 class Tokens(nnx.Module):
@@ -52,7 +52,7 @@ class CLIPDecoder(nnx.Module):
   def __init__(self, encoder: Tokens | None, head: Mapping, captions: int, shared: int, temperature: float, *,
                dtype=jnp.float32, rngs: nnx.Rngs):
     """`head` has fields of `MLDecoderConfig`, `captions` is x, `shared` is p."""
-    self.encoder = encoder
+    self.encoder = nnx.data(encoder)  # may be given later: large weights stay out of the compiled initialisation
     self.head = MLDecoder.from_json(head, dtype=dtype, rngs=rngs)
     normal = nnx.initializers.normal(1.0)
     self.image_projection = layers.parameter(normal, (self.head.config.width, shared), rngs=rngs)

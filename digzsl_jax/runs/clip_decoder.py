@@ -223,7 +223,7 @@ def prepare(settings: Settings, ws: MultilabelWorkspace, model: CLIPDecoder) -> 
   images, shape = tagged.images_nhwc, token_shape(settings, model, tagged.images_nhwc)
   if shape:
     images = make_tokens(model, images, shape, ws)
-  queries_kw = None if settings.groups else ws.query_vectors_kw[seen]
+  queries_kw = None if ws.closed else ws.query_vectors_kw[seen]
   return Data(images, targets_nk, captions_nx, queries_kw, settings.augment)
 
 
@@ -253,7 +253,7 @@ def lower(settings: Settings, ws: MultilabelWorkspace) -> dict[str, jax.stages.L
   images = array((settings.batch, *(tokens or dataset.train.images_nhwc.shape)[1:]), np.float32 if tokens else np.uint8)
   batch = Batch(images, array((settings.batch, count), np.int8),
                 array((settings.batch, ws.clip.text_projection.out_features), np.float32))
-  queries = None if settings.groups else array((count, ws.query_vectors_kw.shape[1]), np.float32, one)
+  queries = None if ws.closed else array((count, ws.query_vectors_kw.shape[1]), np.float32, one)
   frozen = jax.device_put(trainer.frozen, one)
   return {"update": trainer.update.lower(trainer.start(), frozen, batch, queries)}
 

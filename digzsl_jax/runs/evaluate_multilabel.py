@@ -18,7 +18,6 @@ from flax import nnx
 
 from digzsl_jax import checkpoint, files, logs, multilabel_metrics
 from digzsl_jax.base_workspace import BATCH, check
-from digzsl_jax.data import multilabel
 from digzsl_jax.models import cdm, clip_decoder
 from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 
@@ -48,7 +47,7 @@ class Settings:
 def parts(ws: MultilabelWorkspace) -> dict[str, list[int]]:
   """The lists of labels that are ranked, as columns; a decoder of a closed list knows seen labels alone."""
   seen, unseen = list(ws.dataset.seen), list(ws.dataset.unseen)
-  if ws.config["train"]["groups"] or not unseen:
+  if ws.closed or not unseen:
     return {"seen": seen}
   return {"zsl": unseen, "gzsl": [*seen, *unseen], "seen": seen}
 
@@ -110,11 +109,10 @@ def trained(ws: MultilabelWorkspace) -> dict[str, clip_decoder.CLIPDecoder]:
 
 def all_scores(ws: MultilabelWorkspace) -> dict[str, np.ndarray]:
   """By method, `[n, k]` of all labels (of the seen ones, where the decoder knows no others)."""
-  closed = bool(ws.config["train"]["groups"])
-  queries_kw = None if closed else ws.query_vectors_kw
+  queries_kw = None if ws.closed else ws.query_vectors_kw
   found = {name: decoder_scores(ws, model, queries_kw, name) for name, model in trained(ws).items()}
   shape = (len(ws.dataset.test.targets_nk), len(ws.dataset.names))
-  if closed:
+  if ws.closed:
     spread = {name: np.full(shape, np.nan, np.float32) for name in found}
     for name, scores_nk in found.items():
       spread[name][:, list(ws.dataset.seen)] = scores_nk

@@ -104,8 +104,8 @@ def headline(results: Mapping) -> Html:
           for name, entry in entries.items()]
   short = {"zsl": "ZSL", "gzsl": "GZSL", "seen": "seen"}
   return page.section(
-      "results", "Results", "In percent. ZSL ranks the unseen labels alone, GZSL all labels, which is harder: seen ones "
-      "compete. mAP is the mean over labels; P, R and F1 count each image's best tags, over all images together.",
+      "results", "Results", "In percent. ZSL ranks the unseen labels alone, GZSL all labels, which is harder: seen "
+      "ones compete. mAP is the mean over labels; P, R and F1 count each image's best tags, over all images together.",
       page.table(["", *(f"{short[part]} {key}" for part, key in columns)], rows))
 
 
