@@ -48,6 +48,6 @@ def test_processes_share_a_batch(monkeypatch):
   monkeypatch.setattr(batches.jax, "process_count", lambda: 3)
   parts = []
   for index in range(3):
-    monkeypatch.setattr(batches.jax, "process_index", lambda: index)
+    monkeypatch.setattr(batches.jax, "process_index", lambda index=index: index)
     parts.append(batches.mine(rows_b))
   np.testing.assert_array_equal(np.concatenate(parts), rows_b)

@@ -22,6 +22,7 @@ MODELS = ()
 METHODS = {"clip_decoder": "CLIP-Decoder", "last_weights": "CLIP-Decoder, last weights",
            "clip_zero_shot": "CLIP zero-shot", "random_scores": "Random scores"}
 PARTS = {"zsl": "Unseen labels (ZSL)", "gzsl": "All labels (GZSL)", "seen": "Seen labels"}
+SHORT = {"zsl": "ZSL", "gzsl": "GZSL", "seen": "seen"}
 LINES = {"loss": "learned", "asl": "plain", "clip": "other"}
 
 
@@ -96,17 +97,23 @@ def verdict(results: Mapping) -> str:
 
 def headline(results: Mapping) -> Html:
   """Every method and list."""
-  present = [part for part in PARTS if part in results]
-  columns = [(part, key) for part in present for key in results[part] if key == "mAP" or "@" in key]
   entries = {results["method"]: results} | report_parts.ordered(results["baselines"], METHODS)
-  rows = [("learned" if name == results["method"] else None,
-           [METHODS[name], *(page.number(entry[part].get(key)) for part, key in columns)])
-          for name, entry in entries.items()]
-  short = {"zsl": "ZSL", "gzsl": "GZSL", "seen": "seen"}
+  present = [part for part in PARTS if part in results]
+
+  def rows(columns):
+    for name, entry in entries.items():
+      values = (page.number(entry[part].get(key)) for part, key in columns)
+      yield "learned" if name == results["method"] else None, [METHODS[name], *values]
+
+  tops = sorted(int(key[3:]) for key in results[present[0]] if key.startswith("F1@"))
+  main = [(part, key) for part in present for key in ("mAP", *(f"F1@{top}" for top in tops))]
+  rest = [(part, f"{letter}@{top}") for part in present for top in tops for letter in "PR"]
+  head = lambda columns: ["", *(f"{SHORT[part]} {key}" for part, key in columns)]
   return page.section(
       "results", "Results", "In percent. ZSL ranks the unseen labels alone, GZSL all labels, which is harder: seen "
       "ones compete. mAP is the mean over labels; P, R and F1 count each image's best tags, over all images together.",
-      page.table(["", *(f"{short[part]} {key}" for part, key in columns)], rows))
+      page.table(head(main), rows(main)),
+      tag("details", tag("summary", "Precision and recall"), page.table(head(rest), rows(rest))))
 
 
 def published(results: Mapping, settings: Settings) -> Html | None:
