@@ -27,6 +27,15 @@ TINY = [dict(layers=(1, 2, 1, 1), bottleneck=(False, False, True, True), width=8
 PUBLISHED = {"M": "31.39", "L": "46.17"}  # millions with a classifier of 1000 classes; timm's results-imagenet.csv
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+  """PyTorch's threads spin while they wait, for longer than these networks take where others use the cores."""
+  before = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(before)
+
+
 def timm_model(layers, bottleneck, width):
   return timm_tresnet.TResNet(list(layers), v2=bottleneck[0], width_factor=width / 64, num_classes=0)
 
