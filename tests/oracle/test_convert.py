@@ -111,6 +111,12 @@ def test_single_file_with_more_than_tensors(tmp_path, zipped, monkeypatch):
     assert file.metadata() == {"format": "pt"}
 
 
+def test_single_file_with_the_weights_as_model(tmp_path):
+  torch.save({"model": {"x": torch.ones(2)}, "epoch": 3}, tmp_path / "tresnet.pth")
+  convert.convert(tmp_path / "tresnet.pth", tmp_path / "tresnet.safetensors", say=lambda line: None)
+  assert safetensors.torch.load_file(tmp_path / "tresnet.safetensors").keys() == {"x"}
+
+
 class Malicious:
   def __init__(self, file):
     self.file = file
