@@ -85,7 +85,7 @@ def clip_decoder() -> config_dict.ConfigDict:
       train=dict(
           encoder="clip", train_encoder=False, groups=0, width=128, heads=4, feed_forward=256, dropout=0.1, shared=64,
           alpha=0.1, beta=1.0, temperature=0.1, gamma_negative=4.0, gamma_positive=0.0, margin=0.05,
-          caption="a photo of", drop_empty=False, labels=0, augment=False, epochs=20, batch=32, learning_rate=1e-3,
+          caption="a photo of", drop_empty=False, labels=0, augment=False, epochs=12, batch=32, learning_rate=4e-3,
           weight_decay=1e-4, coupled=False, average=0.99),
       evaluate=dict(top=(3, 5), drop_empty=False, skip_absent=False),
       report=dict(examples=12, tags=4, labels=60, thumbnail=128, published=()),

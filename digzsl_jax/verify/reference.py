@@ -5,7 +5,7 @@ import sys
 import unittest.mock
 from collections.abc import Callable, Iterator
 
-# transformers and diffusers take it wherever it is installed, and PyPI's build does not load beside PyTorch for the CPU.
+# transformers and diffusers take it where it is installed, and PyPI's build does not load beside PyTorch for the CPU.
 sys.modules["torchvision"] = None
 
 import diffusers
