@@ -20,7 +20,7 @@ from digzsl_jax.data import feature_files, multilabel, prompts
 from digzsl_jax.models import cdm, clip_decoder, download, layers, tresnet
 
 QUERIES = ("text", "random")
-CLIP = "clip"  # as encoder: the vision tower of the run's CLIP; the others are TResNets
+CLIP, FEATURES = "clip", "features"  # as encoder: the vision tower of the run's CLIP; none. The others are TResNets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,9 +157,11 @@ class MultilabelWorkspace(BaseWorkspace):
     """Whether the decoder is one of the seen labels alone, which no query can ask for another."""
     return self.config["train"]["groups"] > 0
 
-  def new_encoder(self) -> clip_decoder.Tokens:
-    """The image encoder that training starts from."""
+  def new_encoder(self) -> clip_decoder.Tokens | None:
+    """The image encoder that training starts from; None where the data set has features."""
     kind = self.config["train"]["encoder"]
+    if kind == FEATURES:
+      return None
     if kind == CLIP:
       tower = self.clip.vision_model
       return clip_decoder.Tokens(tower, cdm.Preprocess.from_folder(self.model_paths["clip"], tower.image_size))
@@ -171,7 +173,8 @@ class MultilabelWorkspace(BaseWorkspace):
   def new_decoder(self) -> clip_decoder.CLIPDecoder:
     """Encoder and untrained head, as section `train` describes them."""
     encoder, classes = self.new_encoder(), len(self.dataset.seen) if self.closed else 0
-    head = {"inputs": encoder.width, "query_width": self.query_vectors_kw.shape[1], "classes": classes,
+    width = self.dataset.train.images_nhwc.shape[-1] if encoder is None else encoder.width
+    head = {"inputs": width, "query_width": self.query_vectors_kw.shape[1], "classes": classes,
             "groups": self.config["train"]["groups"] or 1, "width": self.config["train"]["width"],
             "heads": self.config["train"]["heads"], "feed_forward": self.config["train"]["feed_forward"],
             "dropout": self.config["train"]["dropout"]}

@@ -11,7 +11,7 @@ from flax import nnx
 from configs import quickstart_clip_decoder
 from digzsl_jax import base_workspace, checkpoint, files, logs, losses
 from digzsl_jax import main as command
-from digzsl_jax.data import prompts
+from digzsl_jax.data import multilabel, prompts
 from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 from digzsl_jax.runs import clip_decoder
 
@@ -190,7 +190,8 @@ def test_a_decoder_of_a_closed_list(config, tmp_path):
   ({"train.batch": 20}, r"config.train: batch is 20, which 8 devices cannot share"),
   ({"train.batch": 64}, r"config.train: batch is 64, but there are 60 training images"),
   ({"train.heads": 3}, r"config.train.heads is 3; it must be a divisor of width 16"),
-  ({"train.encoder": "S"}, r"config.train.encoder is 'S'; it must be one of \('clip', 'M', 'L', 'XL'\)"),
+  ({"train.encoder": "S"}, r"config.train.encoder is 'S'; it must be one of \('clip', 'features', 'M', 'L', 'XL'\)"),
+  ({"train.encoder": "features"}, r"config.train: encoder is 'features', but multilabel-scenes0 has images"),
   ({"train.alpha": 0.0, "train.beta": 0.0}, r"config.train.beta is 0.0; it must be above 0"),
   ({"train.groups": 4, "train.labels": 5}, r"config.train.labels is 5; it must be 0 with groups"),
   ({"models.tresnet": "none.safetensors"}, r"config.models.tresnet is 'none.safetensors', but there is no such file"),
@@ -232,3 +233,54 @@ def test_word_vectors_and_random_queries(config, tmp_path):
     assert vectors_kw.shape == (108, width)
     np.testing.assert_allclose((vectors_kw**2).mean(1), 1, atol=1e-5)
   assert json.loads(json.dumps(workspace(config, tmp_path / "x")[0].model_fingerprints["queries"]))
+
+
+@pytest.fixture
+def features(tmp_path):
+  """A folder of made-up features of four seen labels and one unseen, in which each label has its own direction."""
+  rng, folder = np.random.default_rng(0), tmp_path / "features"
+  folder.mkdir()
+  (folder / "names.txt").write_text("sea\nsand\ndog\ntram\nstar\n")
+  (folder / "unseen.txt").write_text("star\n")
+  for part, count in (("train", 40), ("test", 30)):
+    targets_nk = (rng.random((count, 5)) < 0.4).astype(np.int8)
+    noise_nte = rng.normal(size=(count, 3, 8))
+    np.save(folder / f"{part}.npy", (noise_nte + 3 * targets_nk[:, None] @ np.eye(5, 8)).astype(np.float16))
+    np.save(folder / f"{part}_targets.npy", targets_nk)
+  return folder
+
+
+def test_features_in_place_of_images(config, features, tmp_path):
+  with config.unlocked():
+    config.data = dict(name="features", folder=str(features))
+  config.train.update(encoder="features", epochs=30, batch=8, learning_rate=0.02)
+  config.mesh.devices = 1
+  run(config, tmp_path / "run")
+  results = files.read_json(tmp_path / "run" / "results.json")
+  assert results["baselines"].keys() == {"last_weights", "random_scores"}
+  assert results["seen"]["mAP"] > results["baselines"]["random_scores"]["seen"]["mAP"] + 20
+  page = (tmp_path / "run" / "report.html").read_text()
+  assert "CLIP zero-shot" not in page and "Pictures and their tags" not in page
+
+
+@pytest.mark.parametrize("spoil, message", [
+  (lambda folder: (folder / "test.npy").unlink(), r"there is no .*test.npy; numpy.save writes it"),
+  (lambda folder: (folder / "train.npy").write_bytes(b"text"), r"train.npy is no array of numpy"),
+  (lambda folder: np.save(folder / "test.npy", np.zeros((30, 3, 9), np.float32)), r"train.npy, but \[3, 9\]"),
+  (lambda folder: np.save(folder / "train.npy", np.zeros((40, 3, 8), np.uint8)), r"train.npy is uint8 \[40, 3, 8\]"),
+  (lambda folder: np.save(folder / "test_targets.npy", np.zeros((29, 5), np.int8)), r"must be int8 \[30, 5\]"),
+  (lambda folder: (folder / "unseen.txt").write_text("stars"), r"unseen.txt: no image has the label 'stars'"),
+])
+def test_features_that_cannot_be_read(spoil, message, features):
+  assert multilabel.load({"name": "features", "folder": str(features)}).unseen == (4,)
+  spoil(features)
+  with pytest.raises(ValueError, match=message):
+    multilabel.load({"name": "features", "folder": str(features)})
+
+
+def test_features_are_told_apart(features):
+  section = {"name": "features", "folder": str(features)}
+  before = multilabel.fingerprint(multilabel.load(section))
+  assert before == multilabel.fingerprint(multilabel.load(section))
+  np.save(features / "test.npy", np.load(features / "test.npy") + 1)
+  assert before != multilabel.fingerprint(multilabel.load(section))

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from digzsl_jax.data import coco, datasets, label_table, multilabel_scenes, nus_wide, voc
+from digzsl_jax.data import coco, datasets, label_table, multilabel_scenes, nus_wide, tagged_features, voc
 from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.data.tagged import MultilabelDataset, Tagged
 
 LOADERS = {"scenes": multilabel_scenes.load, "nus_wide": nus_wide.load, "nus_wide_csv": nus_wide.load_csv,
-           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists}
+           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists, "features": tagged_features.load}
+EDGE = 2**20  # bytes of the beginning and the end of large features that tell them from others
 
 
 def load(section: Mapping) -> MultilabelDataset:
@@ -56,7 +57,7 @@ def fingerprint(dataset: MultilabelDataset) -> str:
     if isinstance(value, Tagged):
       images, targets_nk = value
       digest.update(repr(images.shape).encode())
-      digest.update(images.fingerprint if isinstance(images, Pictures) else np.ascontiguousarray(images))
+      digest.update(images.fingerprint if isinstance(images, Pictures) else _bytes(images))
       digest.update(np.ascontiguousarray(targets_nk))
     else:
       digest.update(repr(value).encode())
@@ -65,10 +66,19 @@ def fingerprint(dataset: MultilabelDataset) -> str:
 
 def summary(dataset: MultilabelDataset) -> str:
   """One line of counts, for logs."""
-  height, width = dataset.test.images_nhwc.shape[1:3]
-  counts = []
+  sides, counts = dataset.test.images_nhwc.shape[1:3], []
   for field, (_, targets_nk) in (("train", dataset.train), ("test", dataset.test)):
     each = (targets_nk == 1).sum() / max(len(targets_nk), 1)
     counts.append(f"{field} {len(targets_nk)} with {each:.2f} labels each")
-  return (f"{dataset.name}: {len(dataset.seen)} seen labels, {len(dataset.unseen)} unseen; images of {height}x{width} "
-          f"pixels: {', '.join(counts)}")
+  what = "images of {}x{} pixels" if dataset.has_images else "{} features of width {} for each image"
+  return (f"{dataset.name}: {len(dataset.seen)} seen labels, {len(dataset.unseen)} unseen; {what.format(*sides)}: "
+          f"{', '.join(counts)}")
+
+
+def _bytes(images: np.ndarray) -> bytes:
+  """All of an array in memory; of features on disk, which may be many gigabytes, beginning and end."""
+  if not isinstance(images, np.memmap) or images.nbytes <= 2 * EDGE:
+    return np.ascontiguousarray(images).tobytes()
+  flat = images.reshape(-1)
+  count = EDGE // images.itemsize
+  return flat[:count].tobytes() + flat[-count:].tobytes()

@@ -1,6 +1,6 @@
 """Multi-label data sets: images that hold several labels each, and which labels are seen and unseen.
 
-Shapes: n image, h w pixel, c colour channel (RGB), k label.
+Shapes: n image, h w pixel, c colour channel (RGB), k label, t position, e feature.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from digzsl_jax.data.pictures import Pictures
 class Tagged(NamedTuple):
   """Images and what they hold, row by row."""
 
-  images_nhwc: np.ndarray | Pictures  # uint8
+  images_nhwc: np.ndarray | Pictures  # uint8; or features [n, t, e] that stand in place of images
   targets_nk: np.ndarray  # int8: 1 present, 0 absent, -1 not judged (VOC's "difficult"); columns as the names
 
   def take(self, rows) -> "Tagged":
@@ -61,6 +61,11 @@ class MultilabelDataset:
     if len(self.train.targets_nk) and not (self.train.targets_nk[:, self.seen] == 1).any():
       raise ValueError(f"{self.name}: no training image holds a seen label")
 
+  @property
+  def has_images(self) -> bool:
+    """Whether there are images, not features in place of them."""
+    return self.test.images_nhwc.dtype.kind != "f"
+
   def seen_targets(self) -> np.ndarray:
     """`[n, k]` of the training images, columns in the order of `seen`: all that training may read.
 
@@ -90,7 +95,7 @@ class MultilabelDataset:
 
   def _check_images(self, field: str):
     images, targets_nk = getattr(self, field)
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+    if self.has_images and (images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8):
       raise ValueError(f"{self.name}: {field} images must be uint8 [n, h, w, 3], not {images.dtype} "
                        f"{list(images.shape)}")
     if targets_nk.dtype != np.int8 or targets_nk.shape != (len(images), len(self.names)):

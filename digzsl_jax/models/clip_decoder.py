@@ -6,10 +6,11 @@ Shapes: b image, i j pixel, c colour, t token, e channel of the encoder, d width
 query, x width of a caption's embedding, p of the shared space.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from digzsl_jax.models import layers
@@ -100,3 +101,16 @@ class Scorer(nnx.Module):
   def __call__(self, images_bijc: jax.Array) -> jax.Array:
     queries_kw = None if self.queries is None else self.queries[...]
     return self.decoder.score(self.decoder.encoder(images_bijc), queries_kw)
+
+
+def score_tokens(decoder: CLIPDecoder, queries_kw: np.ndarray | None, tokens_nte: np.ndarray,
+                 batch: int = 256) -> Iterator[np.ndarray]:
+  """Logits `[b, k]` of tokens that come ready, batch by batch; the last one is filled up for the compiled model."""
+  graphdef, state = nnx.split(decoder)
+  score = jax.jit(lambda state, tokens_bte: nnx.merge(graphdef, state).score(tokens_bte, queries_kw))
+  batch = min(batch, len(tokens_nte))
+  for start in range(0, len(tokens_nte), batch):
+    tokens_bte = np.asarray(tokens_nte[start:start + batch], np.float32)
+    missing = batch - len(tokens_bte)
+    filled = np.concatenate([tokens_bte, np.repeat(tokens_bte[-1:], missing, axis=0)])
+    yield np.asarray(score(state, filled))[:len(tokens_bte)]

@@ -33,11 +33,11 @@ from digzsl_jax.base_workspace import BATCH, check
 from digzsl_jax.data import augment, multilabel
 from digzsl_jax.models import cdm, clip_decoder, tresnet
 from digzsl_jax.models.clip_decoder import CLIPDecoder
-from digzsl_jax.multilabel_workspace import CLIP, MultilabelWorkspace
+from digzsl_jax.multilabel_workspace import CLIP, FEATURES, MultilabelWorkspace
 
 NEEDS = ()
 MODELS = ("clip", "queries", "tresnet")
-ENCODERS = (CLIP, *tresnet.VARIANTS)
+ENCODERS = (CLIP, FEATURES, *tresnet.VARIANTS)
 IN_MEMORY = 2**31  # bytes that tokens of a frozen encoder may take
 SAVE_EVERY, LOG_EVERY = 500, 50  # updates
 
@@ -47,7 +47,7 @@ class Settings:
   """What is trained, and how.
 
   Attributes:
-    encoder: "clip", the run's own vision tower, or a TResNet: "M", "L", "XL".
+    encoder: "clip", the run's own vision tower, a TResNet: "M", "L", "XL", or "features" for data that have these.
     train_encoder: whether it is trained too.
     groups: 0 for the zero-shot decoder; else queries of a decoder of the seen labels alone, each for a group of them.
     width, heads, feed_forward, dropout: of the decoder.
@@ -175,6 +175,8 @@ class Data(NamedTuple):
     columns = self.columns(settings.labels, self.targets_nk[rows_b], (seed, step))
     mine_b = batches.mine(rows_b)
     images = np.asarray(self.images[mine_b])
+    if images.dtype.kind == "f":
+      images = images.astype(np.float32, copy=False)
     if self.make_views:
       images = augment.augment_batch(images, [(seed, step, row) for row in mine_b.tolist()])
     queries_kw = self.queries_kw if columns is None or self.queries_kw is None else self.queries_kw[columns]
@@ -191,7 +193,7 @@ class Data(NamedTuple):
 
 def token_shape(settings: Settings, model: CLIPDecoder, images) -> tuple[int, ...] | None:
   """`[n, t, e]` of the tokens of all images, if they are the same every time and fit into memory."""
-  if settings.train_encoder or settings.augment:
+  if settings.train_encoder or settings.augment or model.encoder is None:
     return None
   one = jax.eval_shape(model.tokens, jax.ShapeDtypeStruct((1, *images.shape[1:]), np.uint8))
   shape = (len(images), *one.shape[1:])
@@ -234,8 +236,14 @@ def validate(settings: Settings, ws: MultilabelWorkspace) -> None:
                      "their number")
   if len(ws.dataset.seen_targets()) < settings.batch:
     raise ValueError(f"batch is {settings.batch}, but there are {len(ws.dataset.train.targets_nk)} training images")
-  if settings.encoder == CLIP and ws.models.tresnet:
-    raise ValueError('encoder is "clip", which does not read config.models.tresnet; empty that, or name a TResNet')
+  if ws.dataset.has_images == (settings.encoder == FEATURES):
+    has = "images" if ws.dataset.has_images else 'features, which only encoder "features" takes'
+    raise ValueError(f"encoder is {settings.encoder!r}, but {ws.dataset.name} has {has}")
+  if settings.encoder == FEATURES and (settings.train_encoder or settings.augment):
+    raise ValueError('encoder is "features": there is nothing to augment and no encoder to train; set both to False')
+  if settings.encoder in (CLIP, FEATURES) and ws.models.tresnet:
+    raise ValueError(f"encoder is {settings.encoder!r}, which does not read config.models.tresnet; empty that, or name "
+                     "a TResNet")
 
 
 def steps_of(settings: Settings, images: int) -> int:
@@ -250,7 +258,8 @@ def lower(settings: Settings, ws: MultilabelWorkspace) -> dict[str, jax.stages.L
   array = lambda shape, kind, place=rows: jax.ShapeDtypeStruct(shape, kind, sharding=place)
   count = min(settings.labels or len(dataset.seen), len(dataset.seen))
   tokens = token_shape(settings, model, dataset.train.images_nhwc)
-  images = array((settings.batch, *(tokens or dataset.train.images_nhwc.shape)[1:]), np.float32 if tokens else np.uint8)
+  kind = np.uint8 if dataset.has_images and not tokens else np.float32
+  images = array((settings.batch, *(tokens or dataset.train.images_nhwc.shape)[1:]), kind)
   batch = Batch(images, array((settings.batch, count), np.int8),
                 array((settings.batch, ws.clip.text_projection.out_features), np.float32))
   queries = None if ws.closed else array((count, ws.query_vectors_kw.shape[1]), np.float32, one)

@@ -10,6 +10,7 @@ Shapes: n test image, k label, d embedding.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -76,8 +77,10 @@ def decoder_scores(ws: MultilabelWorkspace, model: clip_decoder.CLIPDecoder, que
                    name: str) -> np.ndarray:
   """Logits `[n, k]` of the test images."""
   images, rows = ws.dataset.test.images_nhwc, []
+  stream = (cdm.streamed(clip_decoder.Scorer(model, queries_kw), BATCH) if ws.dataset.has_images
+            else functools.partial(clip_decoder.score_tokens, model, queries_kw))
   with ws.log.progress(len(images), f"score, {name}") as bar:
-    for scores_bk in cdm.streamed(clip_decoder.Scorer(model, queries_kw), BATCH)(images):
+    for scores_bk in stream(images):
       rows.append(scores_bk)
       bar.update(len(scores_bk))
   return np.concatenate(rows)
@@ -117,7 +120,8 @@ def all_scores(ws: MultilabelWorkspace) -> dict[str, np.ndarray]:
     for name, scores_nk in found.items():
       spread[name][:, list(ws.dataset.seen)] = scores_nk
     found = spread
-  return found | {CLIP: clip_scores(ws), RANDOM: np.random.default_rng(ws.seed).random(shape)}
+  clip = {CLIP: clip_scores(ws)} if ws.dataset.has_images else {}
+  return found | clip | {RANDOM: np.random.default_rng(ws.seed).random(shape)}
 
 
 def complete(ws: MultilabelWorkspace, folder: pathlib.Path) -> bool:

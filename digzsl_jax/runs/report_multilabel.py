@@ -90,7 +90,8 @@ def verdict(results: Mapping) -> str:
   ours, found = results[part]["mAP"], {name: entry[part]["mAP"] for name, entry in results["baselines"].items()}
   what = "labels that training never saw" if part == "zsl" else "the labels"
   text = f"mAP over {what}: {ours:.1f} %, where chance gives {found['random_scores']:.1f} %"
-  clip = found["clip_zero_shot"]
+  if (clip := found.get("clip_zero_shot")) is None:
+    return text + "."
   return text + f" and CLIP without any training {clip:.1f} %" + (
       ". CLIP alone is better." if clip > ours else ".")
 
@@ -132,24 +133,27 @@ def published(results: Mapping, settings: Settings) -> Html | None:
 
 def label_bars(results: Mapping, part: str, most: int) -> Html:
   """Average precision of each label, ours and CLIP's."""
-  ours, clip = results[part]["per_label"], results["baselines"]["clip_zero_shot"][part]["per_label"]
+  entries = {"learned": results, "plain": results["baselines"].get("clip_zero_shot")}
+  shown = {kind: entry[part]["per_label"] for kind, entry in entries.items() if entry}
+  ours = shown["learned"]
   order = sorted((name for name in ours if page.known(ours[name])), key=lambda name: -ours[name])
   left_out = len(order) - most
   if left_out > 0:
     order = order[:most - most // 2] + order[-(most // 2):]
-  rows = [(name, [clip[name], ours[name]]) for name in order]
-  bars = page.bars(rows, [("plain", "CLIP"), ("learned", "ours")], 100, f"average precision, {part}")
+  rows = [(name, [values[name] for values in shown.values()]) for name in order]
+  keys = [(kind, {"learned": METHODS[results["method"]], "plain": METHODS["clip_zero_shot"]}[kind]) for kind in shown]
+  bars = page.bars(rows, keys, 100, f"average precision, {part}")
   note = tag("p", f"{left_out} labels between the upper and the lower half are not shown; results.json has them.",
              class_="note") if left_out > 0 else None
   return page.section(f"labels-{part}", PARTS[part], "Average precision of each label in percent, best first: where do "
-                      "names alone carry, and where do they not?",
-                      page.legend(("plain", "CLIP zero-shot"), ("learned", METHODS[results["method"]])),
-                      bars, note)
+                      "names alone carry, and where do they not?", page.legend(*keys), bars, note)
 
 
 def examples(ws: MultilabelWorkspace, results: Mapping, settings: Settings) -> Html | None:
   """Test pictures, their best tags among all labels, and which of these are right."""
   dataset = ws.dataset
+  if not dataset.has_images:
+    return None
   scores_nk = checkpoint.read_arrays(ws.folder("evaluate") / "scores.safetensors")[results["method"]]
   unseen_n = (dataset.test.targets_nk[:, list(dataset.unseen)] == 1).sum(1)
   rows = np.argsort(-unseen_n, kind="stable")[:settings.examples]
