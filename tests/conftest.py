@@ -2,11 +2,16 @@
 
 import os
 import pathlib
+from importlib import metadata
 
 # Before jax is imported anywhere: it reads them only once. What the environment says goes first.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-XLA_FLAGS = ("--xla_force_host_platform_device_count=8",
-             "--xla_backend_optimization_level=0")  # of machine code alone; most of the tests' time is compiling
+# Most of the tests' time is compiling; the level is of machine code alone. XLA ends the process for a flag that it does
+# not know, as that of jaxlib 0.10, where half of the rest goes into the emitters of fusions.
+QUICK = "--xla_backend_optimization_level=0"
+if metadata.version("jaxlib").startswith("0.10."):
+  QUICK += " --xla_cpu_use_fusion_emitters=false"
+XLA_FLAGS = ("--xla_force_host_platform_device_count=8", QUICK)
 told = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join([told, *(flag for flag in XLA_FLAGS if flag.partition("=")[0] not in told)])
 
@@ -23,7 +28,7 @@ def pytest_configure(config):
   # Most of the time goes into compiling; what was compiled stays in this checkout's .pytest_cache.
   if hasattr(config, "cache") and not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def pytest_collection_modifyitems(items):
@@ -94,6 +99,20 @@ def tiny_world(tiny_pretraining, tmp_path_factory):
   pretrain.run(config.to_dict(), folder / "run", logs.Log(folder / "run"), False)
   monkeypatch.undo()
   return folder / "models"
+
+
+@pytest.fixture
+def steps_once(monkeypatch):
+  """Runs of a test with the same models share the steps of token learning, traced and compiled once."""
+  from digzsl_jax.runs import class_tokens
+  made, compile_steps = {}, class_tokens.compile_steps
+
+  def shared(settings, seed, path, graphdef, devices):
+    if (key := (settings, seed, devices)) not in made:
+      made[key] = compile_steps(settings, seed, path, graphdef, devices)
+    return made[key]
+
+  monkeypatch.setattr(class_tokens, "compile_steps", shared)
 
 
 @pytest.fixture

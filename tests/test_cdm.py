@@ -1,5 +1,6 @@
 """Category discrimination model: preprocessing, heads, files, and the stage that trains it."""
 
+import functools
 import json
 import types
 
@@ -22,6 +23,7 @@ SETTINGS = run_cdm.Settings(encoder="clip", kind="residual", hidden=16, temperat
                             learning_rate=1e-2, weight_decay=0.01, cache="")
 
 
+@functools.cache  # eager initialisation is slow
 def make_clip():
   return clip.CLIPModel.from_json(CLIP_CONFIG, rngs=nnx.Rngs(0))
 
@@ -142,7 +144,7 @@ def test_gradient_reaches_the_pixels(tmp_path):
   model = cdm.CDM(cdm.Encoder(make_clip(), tmp_path), cdm.Head("mlp", 16, 32, 6, rngs=nnx.Rngs(0)))
   graphdef, params = nnx.split(model)
   images = jax.random.normal(jax.random.key(0), (1, 12, 10, 3))
-  gradient = jax.grad(lambda images: nnx.merge(graphdef, params)(images).sum())(images)
+  gradient = jax.jit(jax.grad(lambda images: nnx.merge(graphdef, params)(images).sum()))(images)
   assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-4
 
 

@@ -1,6 +1,7 @@
 """Class tokens: equal on every mesh, compiled once, and what happens to the classes in their slots."""
 
 import functools
+import os
 import re
 import shutil
 import types
@@ -22,6 +23,7 @@ from digzsl_jax.workspace import TOKENS
 
 COLLECTIVE = re.compile(r"all-reduce|all-gather|all-to-all|collective-|reduce-scatter")
 START = np.array([[1.0, -1.0]], np.float32)
+STEPS = ("prefix", "learn")
 
 
 def learn(config, folder):
@@ -43,8 +45,11 @@ def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch, caplog):
       learners.append(self)
 
   monkeypatch.setattr(class_tokens, "Learner", Recorded)
-  optimised = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # as when not testing
-  monkeypatch.setattr(jax, "jit", optimised)
+  jit, usual = jax.jit, {"xla_backend_optimization_level": 3}
+  if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+    usual["xla_cpu_use_fusion_emitters"] = True
+  monkeypatch.setattr(jax, "jit", lambda function, **options: jit(function, **options, compiler_options=(
+      usual if function.__name__ in STEPS else None)))  # the steps as when not testing
   for devices in (1, 2, 4, 8):
     tiny_config.mesh.devices = devices
     if devices > 1:  # the CDM is trained on one device, whatever the mesh
@@ -52,7 +57,7 @@ def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch, caplog):
     caplog.clear()
     with jax.log_compiles():
       found[devices] = learn(tiny_config, tmp_path / str(devices))
-    for step in ("prefix", "learn"):
+    for step in STEPS:
       assert sum(f"Finished XLA compilation of jit({step})" in message for message in caplog.messages) == 1
   assert len(found[1]) == 24 and all(np.abs(vector).max() > 0 for vector in found[1].values())
   for devices in (2, 4, 8):
@@ -169,7 +174,7 @@ def test_vectors_of_a_token_are_one():
 
 @pytest.fixture
 def two_vectors(tiny_config):
-  tiny_config.tokens.update(vectors=2, slots=4, slots_per_body=4, learning_rate=0.03)
+  tiny_config.tokens.update(vectors=2, images=1, slots=4, slots_per_body=4, learning_rate=0.03)
   tiny_config.mesh.devices = 1
   return tiny_config
 
@@ -179,8 +184,10 @@ def arrays(folder, task="test"):
 
 
 @pytest.mark.slow
-def test_several_vectors(two_vectors, tmp_path, monkeypatch, capsys):
+def test_several_vectors(two_vectors, steps_once, tmp_path, monkeypatch, capsys):
   tokens = learn(two_vectors, tmp_path / "whole")
+  for other in ("cut", "next"):
+    shutil.copytree(tmp_path / "whole" / "cdm", tmp_path / other / "cdm")
   ws = workspace.Workspace(two_vectors.to_dict(), tmp_path, logs.Log(tmp_path))
   assert len(tokens) == 24 and all(token_nd.shape == (2, 32) for token_nd in tokens.values())
   moved = np.stack([token_nd - ws.initial_token for token_nd in tokens.values()])

@@ -50,9 +50,9 @@ def last_stage(folder):
   return max(made, key=lambda path: path.stat().st_mtime_ns).relative_to(folder).parts[0] if made else ""
 
 
-def test_killed_at_six_moments(tiny_config, tmp_path, monkeypatch):
+def test_killed_at_six_moments(tiny_config, steps_once, tmp_path, monkeypatch):
   # Three rounds of classes, so refills are among the moments.
-  tiny_config.tokens.update(slots=4, slots_per_body=4, learning_rate=0.03)
+  tiny_config.tokens.update(images=1, slots=4, slots_per_body=4, learning_rate=0.03)
   tiny_config.mesh.devices = 1
   run(tiny_config, tmp_path / "whole")
   files, results = products(tmp_path / "whole")

@@ -197,8 +197,8 @@ for remat in (False, True):
 
 
 def test_remat_lowers_the_compiled_unets_memory():
-  environment = {**os.environ, "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-                 "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+  flags = os.environ["XLA_FLAGS"] + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
+  environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
   done = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   kept, again = map(int, done.stdout.split())
