@@ -148,7 +148,7 @@ def test_pairs_that_do_not_count():
 
 
 def test_labels_of_an_update():
-  data = clip_decoder.Data(None, np.zeros((4, 9), np.int8), None, None, False)
+  data = clip_decoder.Data(None, np.arange(4), np.zeros((4, 9), np.int8), None, None, False)
   targets_bk = np.zeros((2, 9), np.int8)
   targets_bk[0, [1, 7]], targets_bk[1, 4] = 1, 1
   drawn = [data.columns(5, targets_bk, (0, step)) for step in range(20)]
@@ -284,3 +284,21 @@ def test_features_are_told_apart(features):
   assert before == multilabel.fingerprint(multilabel.load(section))
   np.save(features / "test.npy", np.load(features / "test.npy") + 1)
   assert before != multilabel.fingerprint(multilabel.load(section))
+
+
+def test_images_without_a_seen_label_are_dropped(config, features, tmp_path):
+  targets_nk = np.load(features / "train_targets.npy")
+  targets_nk[::2, :4] = 0
+  np.save(features / "train_targets.npy", targets_nk)
+  with config.unlocked():
+    config.data = dict(name="features", folder=str(features))
+  config.train.update(encoder="features", drop_empty=True, batch=8)
+  ws, settings = workspace(config, tmp_path / "run")
+  data = clip_decoder.prepare(settings, ws, ws.new_decoder())
+  kept_n = np.flatnonzero(targets_nk[:, :4].any(1))
+  assert 0 < len(kept_n) <= 20
+  batch, queries_kw = data.batch(settings, 0, 0)
+  assert len(queries_kw) == 4 and batch.targets.any(1).all() and (batch.captions != 0).any(1).all()
+  rows_b = kept_n[clip_decoder.batches.rows(len(kept_n), 8, 0, 0)]
+  np.testing.assert_array_equal(batch.images, np.load(features / "train.npy")[rows_b].astype(np.float32))
+  np.testing.assert_array_equal(batch.targets, targets_nk[rows_b, :4])

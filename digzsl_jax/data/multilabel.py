@@ -14,7 +14,8 @@ from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.data.tagged import MultilabelDataset, Tagged
 
 LOADERS = {"scenes": multilabel_scenes.load, "nus_wide": nus_wide.load, "nus_wide_csv": nus_wide.load_csv,
-           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists, "features": tagged_features.load}
+           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists,
+           "features": tagged_features.load}
 EDGE = 2**20  # bytes of the beginning and the end of large features that tell them from others
 
 

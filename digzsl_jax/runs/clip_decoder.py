@@ -13,13 +13,14 @@ they fit into memory.
 
 Leaves `weights.safetensors`: what was trained, under `raw` and `average`.
 
-Shapes: n training image, b image of a batch, t token, e channel of the encoder, k seen label, w width of a query,
-x width of a caption's embedding.
+Shapes: n training image, m image of the data set, b image of a batch, t token, e channel of the encoder, k seen label,
+w width of a query, x width of a caption's embedding.
 """
 
 import dataclasses
 import functools
 import pathlib
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ MODELS = ("clip", "queries", "tresnet")
 ENCODERS = (CLIP, FEATURES, *tresnet.VARIANTS)
 IN_MEMORY = 2**31  # bytes that tokens of a frozen encoder may take
 SAVE_EVERY, LOG_EVERY = 500, 50  # updates
+SAVE_SECONDS = 300  # or earlier, where updates are slow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,8 @@ class Trainer:
 class Data(NamedTuple):
   """The training set, and how an update's part of it is made."""
 
-  images: Any  # uint8 [n, i, j, c] or files of them, or tokens [n, t, e]
+  images: Any  # uint8 [m, i, j, c] or files of them, or tokens [m, t, e]
+  places_n: np.ndarray  # which of them are trained on: large arrays on disk stay there
   targets_nk: np.ndarray
   captions_nx: np.ndarray
   queries_kw: np.ndarray | None
@@ -174,7 +177,7 @@ class Data(NamedTuple):
     rows_b = batches.rows(len(self.targets_nk), settings.batch, seed, step)
     columns = self.columns(settings.labels, self.targets_nk[rows_b], (seed, step))
     mine_b = batches.mine(rows_b)
-    images = np.asarray(self.images[mine_b])
+    images = np.asarray(self.images[self.places_n[mine_b]])
     if images.dtype.kind == "f":
       images = images.astype(np.float32, copy=False)
     if self.make_views:
@@ -214,19 +217,18 @@ def make_tokens(model: CLIPDecoder, images, shape: tuple[int, ...], ws: Multilab
 def prepare(settings: Settings, ws: MultilabelWorkspace, model: CLIPDecoder) -> Data:
   """Images or their tokens, targets and captions of what is trained on."""
   dataset, seen = ws.dataset, list(ws.dataset.seen)
-  targets_nk, tagged = dataset.seen_targets(), dataset.train
+  images, places_n = dataset.train.images_nhwc, np.arange(len(dataset.seen_targets()))
   if settings.drop_empty:
-    rows = multilabel.with_any(tagged, seen)
-    targets_nk, tagged = targets_nk[rows], tagged.take(rows)
-  if len(targets_nk) < settings.batch:
-    raise ValueError(f"config.train.batch is {settings.batch}, but only {len(targets_nk)} training images hold a seen "
+    places_n = multilabel.with_any(dataset.train, seen)
+  if len(places_n) < settings.batch:
+    raise ValueError(f"config.train.batch is {settings.batch}, but only {len(places_n)} training images hold a seen "
                      "label; lower it")
+  targets_nk = dataset.seen_targets()[places_n]
   captions_nx = ws.caption_embeds(targets_nk, [dataset.names[k] for k in seen], settings.caption)
-  images, shape = tagged.images_nhwc, token_shape(settings, model, tagged.images_nhwc)
-  if shape:
+  if shape := token_shape(settings, model, images):
     images = make_tokens(model, images, shape, ws)
   queries_kw = None if ws.closed else ws.query_vectors_kw[seen]
-  return Data(images, targets_nk, captions_nx, queries_kw, settings.augment)
+  return Data(images, places_n, targets_nk, captions_nx, queries_kw, settings.augment)
 
 
 def validate(settings: Settings, ws: MultilabelWorkspace) -> None:
@@ -287,6 +289,7 @@ def train(settings: Settings, ws: MultilabelWorkspace, trainer: Trainer, data: D
   """The updates that are left; the state is kept in `path` now and then."""
   rows, one, done, found = mesh.by_class(ws.mesh), mesh.replicated(ws.mesh), int(state.step), {}
   frozen, make = jax.device_put(trainer.frozen, one), functools.partial(data.batch, settings, ws.seed)
+  saved = time.monotonic()
   with ws.log.progress(steps, "train", done) as bar:
     for step, (batch, queries_kw) in enumerate(batches.ahead(make, range(done, steps)), done + 1):
       queries = None if queries_kw is None else jax.device_put(queries_kw, one)
@@ -298,6 +301,7 @@ def train(settings: Settings, ws: MultilabelWorkspace, trainer: Trainer, data: D
           raise ValueError(f"the loss is {found['loss']} after {step} updates; lower config.train.learning_rate")
         ws.log.metrics("train", step, **found)
         bar.set_postfix({name: f"{value:.3g}" for name, value in found.items()}, refresh=False)
-      if step % SAVE_EVERY == 0 or step == steps:
+      if step % SAVE_EVERY == 0 or step == steps or time.monotonic() - saved > SAVE_SECONDS:
         checkpoint.save_state(path, state)
+        saved = time.monotonic()
   return state, found
