@@ -1,7 +1,8 @@
-"""What finished DIG-ZSL runs measured, grouped by their settings: mean and spread over seeds.
+"""What finished runs measured, grouped by their settings: mean and spread over seeds.
 
-A run is a working directory with `config.json` and `results.json`, whose keys `runs/report.py` describes. Runs whose
-configs differ in nothing but the seed, and what no result depends on, are one group.
+A run is a working directory with `config.json` and `results.json`, which `runs/evaluate.py` or, of several labels,
+`runs/evaluate_multilabel.py` wrote. Runs whose configs differ in nothing but the seed, and what no result depends on,
+are one group.
 """
 
 import collections
@@ -16,7 +17,7 @@ from digzsl_jax import files
 from digzsl_jax import report_page as page
 
 NOT_COMPARED = ("seed", "stages", "mesh", "report", "cdm.cache")  # fields and sections
-PARTS = {  # title: {column: path in results.json}
+DIG_ZSL = {  # title: {column: path in results.json}
     "Accuracy": {
         "T1": "czsl.T1",
         "H": "gzsl.H",
@@ -52,6 +53,22 @@ PARTS = {  # title: {column: path in results.json}
         "real images H": "baselines.real_images.gzsl.H",
     },
 }
+LISTS = {"zsl": "ZSL", "gzsl": "GZSL", "seen": "seen"}
+CLIP_DECODER = {
+    "Mean average precision": {
+        **{f"{name} mAP": f"{part}.mAP" for part, name in LISTS.items()},
+        **{f"CLIP {name} mAP": f"baselines.clip_zero_shot.{part}.mAP" for part, name in LISTS.items()},
+    },
+    "Best labels of each image": {f"{name} F1@{top}": f"{part}.F1@{top}"
+                                  for part, name in LISTS.items() for top in (3, 5)},
+    "The last weights in place of their average, and chance": {
+        **{f"last {name} mAP": f"baselines.last_weights.{part}.mAP" for part, name in LISTS.items()},
+        **{f"random {name} mAP": f"baselines.random_scores.{part}.mAP" for part, name in LISTS.items()},
+    },
+}
+PARTS = {"dig_zsl": DIG_ZSL, "clip_decoder": CLIP_DECODER}  # by `config.method`
+ALWAYS = {"dig_zsl": "czsl.T1", "clip_decoder": "seen.mAP"}  # what every run of a method has measured
+NAMES = {"dig_zsl": "DIG-ZSL", "gaussian_features": "Gaussian features", "clip_decoder": "CLIP-Decoder"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +77,14 @@ class Run:
 
   Attributes:
     folder: its working directory.
+    method: of its config, a key of `PARTS`.
     seed: of its config.
     fields: the other fields of its config, by dotted name; `method` is the one that heads its results.
     results: what stage evaluate measured.
   """
 
   folder: pathlib.Path
+  method: str
   seed: int
   fields: dict[str, Any]
   results: dict[str, Any]
@@ -76,7 +95,7 @@ class Group:
   """Runs that differ in their seeds alone.
 
   Attributes:
-    label: the settings in which they differ from most other groups of their data set.
+    label: the settings in which they differ from most other groups of their table.
     fields: as of each run.
   """
 
@@ -113,27 +132,29 @@ def find(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def read(folder: pathlib.Path) -> Run | None:
-  """A run from its working directory; None for one of another method.
+  """A run from its working directory; None for one of a method without a table, such as pretraining.
 
   Raises:
     ValueError: it has not finished, or a file is damaged or lacks what every run has.
   """
   config, results = (files.read_json(path) if (path := folder / name).is_file() else None
                      for name in ("config.json", "results.json"))
-  if entry(config, "method") not in (None, "dig_zsl"):
+  method = entry(config, "method") or "dig_zsl"
+  if method not in PARTS:
     return None
   if results is None:
     raise ValueError(f"{folder} has no results.json: the run has not finished; give its command again")
   if config is None:
     raise ValueError(f"{folder} has no config.json, so its settings are not known")
-  for name, found, field, good in (("config", config, "seed", page.known), ("results", results, "czsl.T1", page.known),
+  for name, found, field, good in (("config", config, "seed", page.known),
+                                   ("results", results, ALWAYS[method], page.known),
                                    ("results", results, "dataset", lambda value: isinstance(value, str))):
     if not good(value := entry(found, field)):
       raise ValueError(f"{folder}/{name}.json: {field} is {value!r}, so it is damaged or of another version; "
                        "run it again in another folder")
   fields = {name: value for name, value in flat(config).items()
             if name not in NOT_COMPARED and name.partition(".")[0] not in NOT_COMPARED}
-  return Run(folder, config["seed"], fields | {"method": results.get("method", "dig_zsl")}, results)
+  return Run(folder, method, config["seed"], fields | {"method": results.get("method", method)}, results)
 
 
 def collect(folders: Iterable[pathlib.Path]) -> tuple[list[Run], list[str]]:
@@ -172,21 +193,27 @@ def endings_of(field: str) -> list[str]:
   return [".".join(words[-count:]) for count in range(1, len(words) + 1)]
 
 
-def group(runs: Iterable[Run]) -> dict[str, tuple[list[Group], dict[str, Any]]]:
-  """By data set: runs put together by their settings, and what the labels leave out, by short name.
+def group(runs: Iterable[Run]) -> list[tuple[list[Group], dict[str, Any]]]:
+  """By method and data set: runs put together by their settings, and what the labels leave out, by short name.
 
   A label leaves out a value that more than half of the groups share.
   """
-  found: dict[str, dict[str, list[Run]]] = {}
+  found: dict[tuple[str, str], dict[str, list[Run]]] = {}
   for run in runs:
-    of_dataset = found.setdefault(run.results["dataset"], {})
-    of_dataset.setdefault(json.dumps(run.fields, sort_keys=True), []).append(run)
-  grouped = {}
-  for dataset, of_dataset in found.items():
-    settings = [alike[0].fields for alike in of_dataset.values()]
+    comparable = found.setdefault((run.method, run.results["dataset"]), {})
+    comparable.setdefault(json.dumps(run.fields, sort_keys=True), []).append(run)
+  grouped = []
+  for comparable in found.values():
+    settings = [alike[0].fields for alike in comparable.values()]
     labels, usual = labelled(settings)
-    grouped[dataset] = list(map(Group, labels, settings, of_dataset.values())), usual
+    grouped.append((list(map(Group, labels, settings, comparable.values())), usual))
   return grouped
+
+
+def title(groups: Sequence[Group]) -> str:
+  """What heads a table: methods and data set."""
+  methods = dict.fromkeys(NAMES.get(name := one.fields["method"], name) for one in groups)
+  return f"{' and '.join(methods)} on {groups[0].runs[0].results['dataset']}"
 
 
 def labelled(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], dict[str, Any]]:
@@ -231,14 +258,14 @@ def cells(runs: Sequence[Run], columns: Mapping[str, str]) -> list[str]:
 
 
 def measured(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-  """`PARTS` without the columns for which no run has a number."""
+  """`PARTS` of runs of one method, without the columns for which none has a number."""
   parts = {title: {name: path for name, path in columns.items() if numbers(runs, path)}
-           for title, columns in PARTS.items()}
+           for title, columns in PARTS[runs[0].method].items()}
   return {title: columns for title, columns in parts.items() if columns}
 
 
 def markdown(groups: Sequence[Group]) -> str:
-  """The table of one data set: a row for each group, columns that no run has left out."""
+  """The table of one method and data set: a row for each group, columns that no run has left out."""
   columns = {}
   for part in measured([run for one in groups for run in one.runs]).values():
     columns |= part

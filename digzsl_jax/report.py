@@ -1,8 +1,8 @@
 """Finished runs -> one table with mean and spread, and a page with the curves: `python -m digzsl_jax.report DIR...`
 
-Every DIG-ZSL run at or below a DIR is read. Runs that differ in nothing but their seeds are one row; runs of
-different data sets stand in different tables. What cannot be read, has not finished or repeats another run is named
-on standard error and left out, and the exit status is 1.
+Every run of DIG-ZSL or CLIP-Decoder at or below a DIR is read. Runs that differ in nothing but their seeds are one
+row; runs of different methods or data sets stand in different tables. What cannot be read, has not finished or repeats
+another run is named on standard error and left out, and the exit status is 1.
 """
 
 import argparse
@@ -20,13 +20,30 @@ from digzsl_jax.merged_runs import Group, Run, numbers
 from digzsl_jax.report_page import Html, tag
 
 SOURCES = {"learned": "DIG-ZSL, learnt tokens", "plain": "plain Stable Diffusion, same noise"}
-LINES = {  # of the sensitivity, (CSS class, name): path in results.json
-    ("learned", "T1"): "czsl.T1",
-    ("h", "H"): "gzsl.H",
-    ("plain", "T1, plain Stable Diffusion"): "baselines.plain_sd.czsl.T1",
-    ("other", "H, plain Stable Diffusion"): "baselines.plain_sd.gzsl.H"}
+LINES = {  # of the sensitivity, by method, (CSS class, name): path in results.json
+    "dig_zsl": {
+        ("learned", "T1"): "czsl.T1",
+        ("h", "H"): "gzsl.H",
+        ("plain", "T1, plain Stable Diffusion"): "baselines.plain_sd.czsl.T1",
+        ("other", "H, plain Stable Diffusion"): "baselines.plain_sd.gzsl.H"},
+    "clip_decoder": {
+        ("learned", "ZSL mAP"): "zsl.mAP",
+        ("h", "GZSL mAP"): "gzsl.mAP",
+        ("s", "seen mAP"): "seen.mAP",
+        ("plain", "ZSL mAP, CLIP alone"): "baselines.clip_zero_shot.zsl.mAP"}}
+BASELINE = {  # what the tables compare with
+    "dig_zsl": "Plain Stable Diffusion is the ablation without learnt tokens, on the same noise.",
+    "clip_decoder": "CLIP ranks the same labels by their names, without any training."}
+COLUMNS = {
+    "dig_zsl": "In percent but for CMMD and FID, where less is better. T1: mean per-class accuracy among the unseen "
+               "classes. H: harmonic mean of the accuracies of unseen and seen classes among all classes, with \u03bb "
+               "chosen on validation classes; \u201coracle\u201d chooses it on the test pictures, a bound and no "
+               "result. Agr.: generated pictures in which the CDM, or the judge, which never guides, sees their class.",
+    "clip_decoder": "In percent. ZSL ranks the unseen labels alone, GZSL all labels, \u201cseen\u201d those of "
+                    "training; a decoder of a closed list knows no others. mAP: mean over labels. F1@3, F1@5: of each "
+                    "image's three or five best labels, over all images together."}
 SIZE = (340, 220)
-WIDE = 20  # a setting whose largest value is so many times its smallest has a logarithmic axis
+WIDE = 20  # a setting whose largest value is so many times its smallest above 0 has a logarithmic axis
 Curve = Mapping[float, Sequence[float]]  # by x, the numbers of all runs
 
 
@@ -124,28 +141,39 @@ def sensitivities(groups: Sequence[Group]) -> list[tuple[str, list[Group]]]:
   return found
 
 
-def sensitivity(field: str, groups: Sequence[Group]) -> Html:
-  """T1 and H against the value of a field."""
+def places(values: Sequence[float]) -> tuple[list[float], str]:
+  """Where ascending values stand on an axis, and what to say of it; a logarithmic one has 0 a step before the rest."""
+  positive = [value for value in values if value > 0]
+  if values[0] < 0 or values[-1] < WIDE * min(positive, default=math.inf):
+    return list(values), ""
+  logs = [math.log(value) for value in positive]
+  zeros = [logs[0] - (logs[-1] - logs[0]) / (len(logs) - 1)] * (len(values) - len(logs))
+  return zeros + logs, " (logarithmic but for 0)" if zeros else " (logarithmic)"
+
+
+def sensitivity(field: str, groups: Sequence[Group], lines: Mapping[tuple[str, str], str]) -> Html:
+  """Results against the value of a field; `lines` as of `LINES`."""
   values = [one.fields[field] for one in groups]
-  logarithmic = values[0] > 0 and values[-1] >= WIDE * values[0]
-  xs = [math.log(value) if logarithmic else value for value in values]
+  xs, scale = places(values)
   curves = {line: {x: known for x, one in zip(xs, groups) if (known := numbers(one.runs, path))}
-            for line, path in LINES.items()}
+            for line, path in lines.items()}
   margin = (xs[-1] - xs[0]) / 16
   axes = page.Axes(*SIZE, (xs[0] - margin, xs[-1] + margin), percent_range(curves.values()), (34, 24, 10, 34))
-  parts = [axes.frame(field + " (logarithmic)" * logarithmic, x_ticks=[(x, f"{v:g}") for x, v in zip(xs, values)])]
+  parts = [axes.frame(field + scale, x_ticks=[(x, f"{v:g}") for x, v in zip(xs, values)])]
   for shift, ((kind, name), curve) in zip((-3, -1, 1, 3), curves.items()):
     parts.append(axes.curve(list(curve), means(curve), f"thin {kind}"))
     parts += (axes.measurement(x, mean, deviation, kind, f"{name}: {merged_runs.spread(curve[x])}", shift)
               for x, mean, deviation in zip(curve, means(curve), deviations(curve)))
-  return tag("figure", tag("h3", field), axes.svg(f"T1 and H against {field}", *parts))
+  return tag("figure", tag("h3", field), axes.svg(f"sensitivity to {field}", *parts))
 
 
 def sensitivity_panels(groups: Sequence[Group]) -> Html | None:
-  panels = [sensitivity(*pair) for pair in sensitivities(groups)]
+  every = [run for one in groups for run in one.runs]
+  lines = {line: path for line, path in LINES[every[0].method].items() if numbers(every, path)}
+  panels = [sensitivity(field, ones, lines) for field, ones in sensitivities(groups)]
   return page.section(
     "sensitivity", "Sensitivity", "Rows that differ in one number alone. Dots: means; strokes: one standard deviation "
-    "over seeds.", page.legend(*LINES), tag("div", *panels, class_="three")) if panels else None
+    "over seeds.", page.legend(*lines), tag("div", *panels, class_="three")) if panels else None
 
 
 def run_rows(groups: Sequence[Group]) -> Html:
@@ -166,20 +194,17 @@ def tables(groups: Sequence[Group], usual: Mapping[str, Any]) -> Html:
     rows = [(None, [one.label, str(len(one.runs)), *merged_runs.cells(one.runs, columns)]) for one in groups]
     parts.append(tag("div", tag("h3", title), page.table(["settings", "runs", *columns], rows), class_="merged"))
   parts += [tag("p", remark, class_="note") for remark in merged_runs.remarks(groups, usual)]
+  method = every[0].method
   return page.section(
-    "tables", "Results", "Mean \u00b1 sample standard deviation over seeds. Plain Stable Diffusion is the ablation "
-    "without learnt tokens, on the same noise.", *parts, run_rows(groups),
-    tag("p", "In percent but for CMMD and FID, where less is better. T1: mean per-class accuracy among the unseen "
-        "classes. H: harmonic mean of the accuracies of unseen and seen classes among all classes, with \u03bb chosen "
-        "on validation classes; \u201coracle\u201d chooses it on the test pictures, a bound and no result. Agr.: "
-        "generated pictures in which the CDM, or the judge, which never guides, sees their class.", class_="note"))
+    "tables", "Results", f"Mean \u00b1 sample standard deviation over seeds. {BASELINE[method]}", *parts,
+    run_rows(groups), tag("p", COLUMNS[method], class_="note"))
 
 
-def render(datasets: Mapping[str, tuple[list[Group], dict[str, Any]]]) -> str:
-  """The page: for each data set the tables and curves of its groups."""
+def render(compared: Iterable[tuple[list[Group], dict[str, Any]]]) -> str:
+  """The page: for each method and data set the tables and curves of its groups."""
   body = []
-  for dataset, (groups, usual) in datasets.items():
-    body += [tag("header", tag("h1", f"Runs on {dataset}"), page.facts([
+  for groups, usual in compared:
+    body += [tag("header", tag("h1", merged_runs.title(groups)), page.facts([
         ("Settings compared", len(groups)), ("Runs", sum(len(one.runs) for one in groups)),
         ("Seeds", ", ".join(map(str, sorted({run.seed for one in groups for run in one.runs}))))])),
         tables(groups, usual), sensitivity_panels(groups), images_curves(groups), lambda_curves(groups)]
@@ -193,14 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="default merged_report.html in the first DIR")
   options = parser.parse_args(arguments)
   runs, problems = merged_runs.collect(options.folders)
-  datasets = merged_runs.group(runs)
-  for dataset, (groups, usual) in datasets.items():
-    print(f"{dataset}\n\n{merged_runs.markdown(groups)}\n")
+  compared = merged_runs.group(runs)
+  for groups, usual in compared:
+    print(f"{merged_runs.title(groups)}\n\n{merged_runs.markdown(groups)}\n")
     for remark in merged_runs.remarks(groups, usual):
       print(f"{remark}\n")
   if runs:
     out = options.out or options.folders[0] / "merged_report.html"
-    files.write_text(out, render(datasets))
+    files.write_text(out, render(compared))
     print(f"with curves: {out}")
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)

@@ -39,6 +39,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.
 h2 { font-size: 1.2rem; margin: 0; letter-spacing: -.01em; }
 h3 { font-size: .93rem; margin: 0 0 .35rem; overflow-wrap: anywhere; }
 section { margin-top: 2.6rem; }
+section + header { margin-top: 4rem; }
 p { margin: .3rem 0; }
 figure { margin: 0; }
 .soft, .guide, .note, figcaption, summary { color: var(--soft); }

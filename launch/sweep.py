@@ -20,18 +20,32 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
-# Ablations and sensitivities of DIG-ZSL (arXiv 2412.17219), each a list of settings as --set takes them. Three more are
-# in every run: without tokens (plain Stable Diffusion), N_gen (`images_curve`), lambda (`lambda_curve`).
+# Ablations and sensitivities by `config.method`, each a list of settings as --set takes them.
 STUDIES = {
-    "guide": ["tokens.guide=cdm,clip"],  # without the CDM
-    "gradient": ["tokens.gradient=x0,last", "tokens.steps=10"],
-    "grad_calls": ["tokens.gradient=last", "tokens.steps=10", "tokens.grad_calls=1,2,4",
-                   "tokens.stop_unconditional=False"],  # True would drop what comes through the latent
-    "temperature": ["tokens.temperature=0.02,0.05,0.1,0.2,1.0"],  # 1.0: the paper shows none
-    "gamma": ["tokens.stop_accuracy=0.3,0.5,0.9,1.0"],
-    "noise": ["tokens.noise_period=0,1,5"],  # fixed, fresh for every update, for every fifth
-    "images": ["tokens.images=1,2,4,8"],
-    "seeds": ["seed=0,1,2"],
+    # arXiv 2412.17219. Three more are in every run: without tokens (plain Stable Diffusion), N_gen (`images_curve`),
+    # lambda (`lambda_curve`).
+    "dig_zsl": {
+        "guide": ["tokens.guide=cdm,clip"],  # without the CDM
+        "gradient": ["tokens.gradient=x0,last", "tokens.steps=10"],
+        "grad_calls": ["tokens.gradient=last", "tokens.steps=10", "tokens.grad_calls=1,2,4",
+                       "tokens.stop_unconditional=False"],  # True would drop what comes through the latent
+        "temperature": ["tokens.temperature=0.02,0.05,0.1,0.2,1.0"],  # 1.0: the paper shows none
+        "gamma": ["tokens.stop_accuracy=0.3,0.5,0.9,1.0"],
+        "noise": ["tokens.noise_period=0,1,5"],  # fixed, fresh for every update, for every fifth
+        "images": ["tokens.images=1,2,4,8"],
+        "seeds": ["seed=0,1,2"],
+    },
+    # arXiv 2406.14830. Two more are in every run: CLIP alone, and the last weights in place of their average.
+    "clip_decoder": {
+        # 0.0: without the CLIP loss. train.beta is no study: Adam heeds alpha / beta alone (but for `coupled` decay),
+        # and beta=0.0 leaves the decoder untrained, since the CLIP loss does not pass through it.
+        "alpha": ["train.alpha=0.0,0.1,1.0,10.0"],
+        "template": ["models.template={name},a photo of a {name},imagenet80"],  # no prompt, one, the mean of 80
+        "queries": ["models.queries=text,random"],  # vectors of words are a file of yours: --set models.queries=FILE
+        "groups": ["train.groups=0,10,100"],  # above 0, a decoder of the seen labels alone: what does openness cost?
+        "encoder": ["train.train_encoder=False,True"],  # False wants trained weights: CLIP's, or models.tresnet
+        "seeds": ["seed=0,1,2"],
+    },
 }
 
 
@@ -53,22 +67,30 @@ def combinations(settings: Iterable[str]) -> list[dict[str, str]]:
   return [dict(zip(values_of, chosen)) for chosen in itertools.product(*values_of.values())]
 
 
-def studied(chosen: Mapping[str, str], studies: Iterable[str], defaults: Mapping[str, str]) -> list[dict[str, str]]:
+def named_studies(names: Sequence[str], method: str | None) -> list[list[str]]:
+  """The settings of these studies of a method; "all" names every one.
+
+  Raises:
+    ValueError: the method has no such study.
+  """
+  known = STUDIES.get(method, {})
+  if wrong := [name for name in names if name not in known and not (known and name == "all")]:
+    raise ValueError(f"--study {wrong[0]}: configs of method {method} have the studies {[*known]}")
+  return [known[name] for name in (known if "all" in names else names)]
+
+
+def studied(chosen: Mapping[str, str], studies: Iterable[Sequence[str]],
+            defaults: Mapping[str, str]) -> list[dict[str, str]]:
   """`chosen` and, for every study, what is to be run beside it: settings that change something, each once.
 
   Args:
     defaults: value of every field of the config.
-
-  Raises:
-    ValueError: the config lacks a field that a study varies.
   """
   base = {**defaults, **chosen}
   found = [dict(chosen)]
   for study in studies:
-    for setting in combinations(STUDIES[study]):
-      if missing := sorted(setting.keys() - base.keys()):
-        raise ValueError(f"--study {study}: the config has no fields {missing}; studies are for configs of DIG-ZSL")
-      run = {**chosen, **{field: value for field, value in setting.items() if value != base[field]}}
+    for setting in combinations(study):
+      run = {**chosen, **{field: value for field, value in setting.items() if value != base.get(field)}}
       if run not in found:
         found.append(run)
   return found
@@ -107,7 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--config", required=True, help="a file of configs/")
   parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...", dest="settings")
-  parser.add_argument("--study", action="append", default=[], choices=[*STUDIES, "all"], dest="studies")
+  parser.add_argument("--study", action="append", default=[], metavar="NAME", dest="studies",
+                      help="a study of the config's method, or all of them")
   parser.add_argument("--out", type=pathlib.Path, help="of workdirs; default runs/sweep_<config name>")
   parser.add_argument("--run", action="store_true", help="run the command lines, then print the table")
   parser.add_argument("--table", action="store_true", help="print the table of what has finished")
@@ -116,7 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   try:
     chosen = combinations(options.settings)
     if options.studies:
-      studies, defaults = STUDIES if "all" in options.studies else options.studies, config_values(options.config)
+      defaults = config_values(options.config)
+      studies = named_studies(options.studies, defaults.get("method"))
       chosen = [run for one in chosen for run in studied(one, studies, defaults)]
   except (ValueError, OSError) as error:
     parser.error(str(error))

@@ -5,17 +5,21 @@ import re
 import numpy as np
 import pytest
 
-from configs import quickstart
+from configs import quickstart, quickstart_clip_decoder
 from digzsl_jax import files, merged_runs, report, report_page
 
 
-def write_run(folder, t1, *, seed=0, dataset="scenes", changes=(), **extra):
-  """A finished run with little in it; `changes` are `(dotted field, value)` of the quickstart's config."""
-  config = quickstart.get_config().to_dict() | {"seed": seed}
+def write_config(folder, config, seed, changes):
+  config = config.to_dict() | {"seed": seed}
   for field, value in changes:
     section, _, name = field.partition(".")
     config[section][name] = value
   files.write_json(folder / "config.json", config)
+
+
+def write_run(folder, t1, *, seed=0, dataset="scenes", changes=(), **extra):
+  """A finished run with little in it; `changes` are `(dotted field, value)` of the quickstart's config."""
+  write_config(folder, quickstart.get_config(), seed, changes)
   results = {"dataset": dataset, "czsl": {"T1": t1}, "gzsl": {"H": t1 + 10, "lambda": 0.4},
              "gzsl_oracle": {"H": t1 + 11}, "baselines": {"plain_sd": {"czsl": {"T1": t1 - 10}}},
              "images_curve": {source: [{"images": images, "T1": t1 - less / images} for images in (3, 6, 12)]
@@ -23,6 +27,18 @@ def write_run(folder, t1, *, seed=0, dataset="scenes", changes=(), **extra):
              "lambda_curve": {"learned": [{"lambda": x / 4, "U": t1 * x / 4, "S": 80 - 15 * x, "H": t1 / 2}
                                           for x in range(5)]}}
   files.write_json(folder / "results.json", results | extra)
+
+
+def write_decoder(folder, zsl, *, seed=0, dataset="labels", changes=(), parts=("zsl", "gzsl", "seen")):
+  """A finished run of CLIP-Decoder: GZSL is 10 below ZSL, seen labels are 20 above."""
+  write_config(folder, quickstart_clip_decoder.get_config(), seed, changes)
+
+  def lists(zsl):
+    found = {"zsl": zsl, "gzsl": zsl - 10, "seen": zsl + 20}
+    return {part: {"mAP": found[part], "F1@3": found[part] / 2, "F1@5": found[part] / 4} for part in parts}
+  files.write_json(folder / "results.json", lists(zsl) | {
+      "method": "clip_decoder", "dataset": dataset, "warnings": [],
+      "baselines": {"clip_zero_shot": lists(30.0), "random_scores": lists(12.0), "last_weights": lists(zsl - 1)}})
 
 
 def run(*arguments, capsys):
@@ -79,9 +95,9 @@ def test_data_sets_have_tables_of_their_own(tmp_path, capsys):
   write_run(tmp_path / "a", 50.0)
   write_run(tmp_path / "b", 70.0, dataset="CUB <b>")
   _, out, _ = run(tmp_path / "a", tmp_path / "b", capsys=capsys)
-  assert re.findall(r"^(\S.*)\n\n\| settings", out, re.M) == ["scenes", "CUB <b>"]
+  assert re.findall(r"^(\S.*)\n\n\| settings", out, re.M) == ["DIG-ZSL on scenes", "DIG-ZSL on CUB <b>"]
   text = (tmp_path / "a" / "merged_report.html").read_text()
-  assert re.findall("<h1>(.*?)</h1>", text) == ["Runs on scenes", "Runs on CUB &lt;b&gt;"]
+  assert re.findall("<h1>(.*?)</h1>", text) == ["DIG-ZSL on scenes", "DIG-ZSL on CUB &lt;b&gt;"]
 
 
 def test_quality_has_its_columns(tmp_path, capsys):
@@ -97,7 +113,9 @@ def test_quality_has_its_columns(tmp_path, capsys):
 def test_methods_are_not_mixed(tmp_path, capsys):
   for method in ("dig_zsl", "gaussian_features"):
     write_run(tmp_path / method, 50.0, method=method)
-  assert list(rows(run(tmp_path, capsys=capsys)[1])) == ["method=dig_zsl", "method=gaussian_features"]
+  _, out, _ = run(tmp_path, capsys=capsys)
+  assert list(rows(out)) == ["method=dig_zsl", "method=gaussian_features"]
+  assert out.startswith("DIG-ZSL and Gaussian features on scenes\n")
 
 
 def test_warnings_of_runs_stand_below_the_table(tmp_path, capsys):
@@ -114,6 +132,12 @@ def damage(folder):
 def lack_t1(folder):
   results = files.read_json(folder / "results.json")
   del results["czsl"]["T1"]
+  files.write_json(folder / "results.json", results)
+
+
+def lack_seen(folder):
+  results = files.read_json(folder / "results.json")
+  results["seen"]["mAP"] = None
   files.write_json(folder / "results.json", results)
 
 
@@ -146,6 +170,74 @@ def test_what_cannot_count_is_named_and_left_out(tmp_path, capsys, spoil, said):
   assert line.startswith("left out: ") and re.search(said, line)
 
 
+@pytest.mark.parametrize("spoil, said", [
+  (damage, "bad/results.json is not valid JSON"),
+  (lack_seen, "bad/results.json: seen.mAP is None, so it is damaged"),
+  (not_finish, "bad has no results.json: the run has not finished")])
+def test_a_decoder_that_cannot_count_is_named_too(tmp_path, capsys, spoil, said):
+  write_decoder(tmp_path / "a", 50.0)
+  write_decoder(tmp_path / "bad", 90.0, seed=1)
+  spoil(tmp_path / "bad")
+  status, out, err = run(tmp_path, capsys=capsys)
+  assert status == 1 and rows(out)["as configured"]["ZSL mAP"] == "50.0"
+  assert err.startswith("left out: ") and said in err and err.count("\n") == 1
+
+
+def test_decoders_are_averaged_and_grouped(tmp_path, capsys):
+  for queries, values in {"text": (40.0, 44.0), "random": (15.0,)}.items():
+    for seed, zsl in enumerate(values):
+      write_decoder(tmp_path / f"{queries}{seed}", zsl, seed=seed, changes=[("models.queries", queries)])
+  write_decoder(tmp_path / "closed", 45.0, changes=[("train.groups", 10)], parts=("seen",))
+  _, out, _ = run(tmp_path, capsys=capsys)
+  found = rows(out)
+  assert list(found) == ["groups=10", "queries=random", "as configured"]
+  mean = found["as configured"]
+  assert [mean[name] for name in ("ZSL mAP", "GZSL mAP", "seen mAP", "GZSL F1@3", "seen F1@5", "last ZSL mAP")] == [
+      f"{value} \u00b1 {deviation}" for value, deviation in (
+          (42.0, 2.8), (32.0, 2.8), (62.0, 2.8), (16.0, 1.4), (15.5, 0.7), (41.0, 2.8))]
+  assert mean["CLIP GZSL mAP"] == "20.0 \u00b1 0.0" and mean["random seen mAP"] == "32.0 \u00b1 0.0"
+  closed = {name: cell for name, cell in found["groups=10"].items() if cell != "\u2013"}
+  assert set(closed) == {"runs", *(f"{name} mAP" for name in ("seen", "CLIP seen", "last seen", "random seen")),
+                         "seen F1@3", "seen F1@5"}
+
+
+def test_methods_have_tables_and_curves_of_their_own(tmp_path, capsys):
+  write_run(tmp_path / "a", 50.0, dataset="same")
+  for alpha, zsl in ((0.0, 41.0), (0.1, 43.0), (10.0, 42.0)):
+    write_decoder(tmp_path / f"b{alpha}", zsl, dataset="same", changes=[("train.alpha", alpha)])
+  status, out, err = run(tmp_path, capsys=capsys)
+  text = (tmp_path / "merged_report.html").read_text()
+  assert status == 0 and not err and list(rows(out)) == ["as configured"]
+  first, second = text.split("<h1>")[1:]
+  assert first.startswith("DIG-ZSL on same<") and second.startswith("CLIP-Decoder on same<")
+  assert re.findall('<section id="(.*?)"', first) == ["tables", "images-curve", "lambda-curve"]
+  assert re.findall('<section id="(.*?)"', second) == ["tables", "sensitivity"]
+  assert second.count("<svg") == 1 and "train.alpha (logarithmic but for 0)" in second
+  for line in ("ZSL mAP: 43.0", "GZSL mAP: 33.0", "seen mAP: 63.0", "ZSL mAP, CLIP alone: 30.0"):
+    assert f"<title>{line}</title>" in second
+  assert "mAP" not in first and "T1" not in second
+
+
+def test_curves_of_seen_labels_alone(tmp_path, capsys):
+  for groups in (10, 20):
+    write_decoder(tmp_path / str(groups), 40.0, changes=[("train.groups", groups)], parts=("seen",))
+  assert run(tmp_path, capsys=capsys)[0] == 0
+  sensitivity = (tmp_path / "merged_report.html").read_text().split('<section id="sensitivity"')[1]
+  assert sensitivity.count("<title>seen mAP: 60.0</title>") == 2 and "ZSL" not in sensitivity
+
+
+@pytest.mark.parametrize("values, places, said", [
+    ([0, 1, 5], [0, 1, 5], ""),
+    ([-1, 1, 100], [-1, 1, 100], ""),
+    ([0, 0.0], [0, 0], ""),
+    ([1, 100], np.log([1, 100]), " (logarithmic)"),
+    ([0, 0.1, 1, 10], np.log([0.01, 0.1, 1, 10]), " (logarithmic but for 0)")])
+def test_places_on_an_axis(values, places, said):
+  found, scale = report.places(values)
+  np.testing.assert_allclose(found, places)
+  assert scale == said
+
+
 def test_no_run_at_all(tmp_path, capsys):
   status, out, err = run(tmp_path, capsys=capsys)
   assert (status, out, err) == (1, "", f"left out: there is no run in {tmp_path}\n")
@@ -175,7 +267,7 @@ def study(tmp_path):
 
 def test_sensitivity_holds_the_groups_that_differ_in_one_number(study):
   runs, problems = merged_runs.collect([study])
-  [(groups, _)] = merged_runs.group(runs).values()
+  [(groups, _)] = merged_runs.group(runs)
   assert not problems and len(groups) == 5
   found = {field: [one.fields[field] for one in ones] for field, ones in report.sensitivities(groups)}
   assert found == {"tokens.stop_accuracy": [0.3, 0.5, 1.0], "tokens.learning_rate": [0.015, 1.5]}

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import quickstart
-from digzsl_jax import base_workspace, diffusion, files, main
+from digzsl_jax import base_workspace, diffusion, files, main, multilabel_workspace, workspace
 from digzsl_jax.runs import class_tokens
 from launch import sweep
 
@@ -68,7 +68,9 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, capfd, monkeypatch):
   assert captured.err == f"failed: {tmp_path}/seed=0\n"
 
 
-CONFIGS = ("configs/quickstart.py", "configs/cub.py")
+CONFIGS = {"configs/quickstart.py": "dig_zsl", "configs/cub.py": "dig_zsl",
+           "configs/quickstart_clip_decoder.py": "clip_decoder", "configs/nus_wide.py": "clip_decoder"}
+MODELS = {"dig_zsl": workspace.ModelSettings, "clip_decoder": multilabel_workspace.ModelSettings}
 
 
 def commands(capsys, *arguments):
@@ -88,7 +90,8 @@ def test_every_run_of_every_study_is_legal(config, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main", *line])  # where config_flags looks for what is overridden
     values(sys.argv)
     found = values.config.to_dict()
-    for name, module in main.DIG_ZSL.items():
+    base_workspace.parse(MODELS[found["method"]], found["models"], "models")
+    for name, module in main.STAGED[found["method"]][0].items():
       settings = base_workspace.parse(module.Settings, found[name], name)
       if name == "tokens":
         class_tokens.gradient_path(settings, SCHEDULE)
@@ -96,19 +99,19 @@ def test_every_run_of_every_study_is_legal(config, capsys, monkeypatch):
   assert len(changed) == len(lines)  # each another one, the config itself among them
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("study", sweep.STUDIES)
+@pytest.mark.parametrize("config, study", [(config, study) for config, method in CONFIGS.items()
+                                           for study in sweep.STUDIES[method]])
 def test_a_study_varies_one_factor(config, study, capsys):
   lines = commands(capsys, f"--config={config}", f"--study={study}", "--set=data.seed=3")
   assert all("--config.data.seed=3" in line for line in lines) and len(lines) >= 2
   assert [word for word in lines[0] if word.startswith("--config.")] == ["--config.data.seed=3"]
-  assert sum("," in setting for setting in sweep.STUDIES[study]) == 1
+  assert sum("," in setting for setting in sweep.STUDIES[CONFIGS[config]][study]) == 1
 
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_values_are_written_as_the_config_prints_them(config):
   defaults = sweep.config_values(config)
-  for settings in sweep.STUDIES.values():
+  for settings in sweep.STUDIES[CONFIGS[config]].values():
     for field, value in ((field, value) for one in sweep.combinations(settings) for field, value in one.items()):
       kind = type(ast.literal_eval(defaults[field])) if defaults[field][0] in "0123456789TF" else str
       assert str(ast.literal_eval(value) if kind is not str else value) == value
@@ -125,16 +128,22 @@ def test_studies_go_around_what_is_set_and_share_runs(capsys):
                                  (1, 5, ",guide=clip"), (1, 0, ""), (1, 1, ""))]
 
 
-def test_a_study_that_is_none(capsys):
+def test_a_template_reaches_the_run_whole(capsys):
+  lines = commands(capsys, "--config=configs/nus_wide.py", "--study=template")
+  assert [line[2:] for line in lines] == [[], *([f"--config.models.template={template}"] for template in (
+      "{name}", "a photo of a {name}", "imagenet80"))]
+
+
+@pytest.mark.parametrize("config, study, said", [
+    ("quickstart", "colour", "--study colour: configs of method dig_zsl have the studies ['guide', "),
+    ("quickstart", "alpha", "--study alpha: configs of method dig_zsl have the studies ['guide', "),
+    ("quickstart_clip_decoder", "gamma", "--study gamma: configs of method clip_decoder have the studies ['alpha', "),
+    ("pretrain_scenes", "all", "--study all: configs of method pretrain have the studies []"),
+    ("none", "gamma", "configs/none.py")])
+def test_a_study_that_is_none(config, study, said, capsys):
   with pytest.raises(SystemExit):
-    sweep.main(["--config=configs/quickstart.py", "--study=colour"])
-  assert "invalid choice: 'colour'" in capsys.readouterr().err
-  with pytest.raises(SystemExit):
-    sweep.main(["--config=configs/none.py", "--study=gamma"])
-  assert "configs/none.py" in capsys.readouterr().err
-  with pytest.raises(SystemExit):
-    sweep.main(["--config=configs/pretrain_scenes.py", "--study=gamma"])
-  assert "--study gamma: the config has no fields ['tokens.stop_accuracy']" in capsys.readouterr().err
+    sweep.main([f"--config=configs/{config}.py", f"--study={study}"])
+  assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [["seed"], ["seed="], ["=1"], ["seed=1,,2"], ["seed=1,1"],
