@@ -1,4 +1,4 @@
-"""CLIP-Decoder on the embedded multi-object scenes: 36 seen and 12 unseen labels, nothing to download.
+"""CLIP-Decoder on the embedded multi-object scenes: 96 seen and 12 unseen labels, nothing to download.
 
 Command: python -m digzsl_jax.main --config=configs/quickstart_clip_decoder.py --workdir=runs/quickstart_clip_decoder
 Took: not yet measured.
