@@ -302,3 +302,18 @@ def test_images_without_a_seen_label_are_dropped(config, features, tmp_path):
   rows_b = kept_n[clip_decoder.batches.rows(len(kept_n), 8, 0, 0)]
   np.testing.assert_array_equal(batch.images, np.load(features / "train.npy")[rows_b].astype(np.float32))
   np.testing.assert_array_equal(batch.targets, targets_nk[rows_b, :4])
+
+
+def test_small_updates_count_in_bfloat16(config, tmp_path):
+  config.models.dtype, config.train.learning_rate = "bfloat16", 1e-6
+  config.stages = ("train", "evaluate")
+  run(config, tmp_path)
+  ws, _ = workspace(config, tmp_path / "new")
+  _, params, statistics, _ = nnx.split(ws.new_decoder(), ws.trained, nnx.BatchStat, ...)
+  found = checkpoint.load_state(tmp_path / "train" / "weights.safetensors",
+                                {name: (params, statistics) for name in ("raw", "average")})["raw"][0]
+  kernel, first = (np.asarray(state["head"]["embed_standart"]["kernel"][...]) for state in (found, params))
+  assert first.dtype == "bfloat16" and kernel.dtype == np.float32
+  moved = kernel - first.astype(np.float32)
+  assert 0 < np.abs(moved).max() < 1e-4 and (moved != 0).mean() > 0.5  # a ReLU may keep some still
+  assert files.read_json(tmp_path / "results.json")["zsl"]["mAP"] > 0

@@ -127,11 +127,16 @@ class Batch(NamedTuple):
 
 
 class Trainer:
-  """The compiled update of a decoder, and the state that it starts from."""
+  """The compiled update of a decoder, and the state that it starts from.
+
+  Weights are float32 whatever the computation's type: an update is smaller than what bfloat16 tells apart.
+  """
 
   def __init__(self, settings: Settings, model: CLIPDecoder, steps: int, ws: MultilabelWorkspace):
     self.settings, self.seed, self.devices = settings, ws.seed, ws.mesh
-    self.graphdef, self.params, self.statistics, self.frozen = nnx.split(model, ws.trained, nnx.BatchStat, ...)
+    self.graphdef, params, self.statistics, self.frozen = nnx.split(model, ws.trained, nnx.BatchStat, ...)
+    self.types = jax.tree.map(lambda x: x.dtype, params)
+    self.params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     self.optimiser = optimisers.adam(steps, settings.learning_rate, settings.weight_decay, settings.coupled)
     self.update = jax.jit(self._update, donate_argnums=0)
 
@@ -142,6 +147,7 @@ class Trainer:
     return jax.device_put(state, mesh.replicated(self.devices))
 
   def _loss(self, params, statistics, frozen, batch: Batch, queries_kw, key) -> tuple[jax.Array, tuple]:
+    params = jax.tree.map(lambda x, kind: x.astype(kind), params, self.types)
     settings, model = self.settings, nnx.merge(self.graphdef, params, statistics, frozen)
     tokens_bte = model.tokens(batch.images, train=settings.train_encoder)
     logits_bk, images_bp, captions_bp = model(tokens_bte, queries_kw, batch.captions, key)

@@ -14,6 +14,7 @@ import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -107,7 +108,8 @@ def trained(ws: MultilabelWorkspace) -> dict[str, clip_decoder.CLIPDecoder]:
   like = {name: (params, statistics) for name in ("raw", "average")}
   if (weights := checkpoint.load_state(path, like)) is None:
     raise ValueError(f"{path} is missing; delete {path.parent} and train anew")
-  return {name: nnx.merge(graphdef, *weights[key], frozen) for name, key in ((OURS, "average"), (RAW, "raw"))}
+  typed = jax.tree.map(lambda x, own: x.astype(own.dtype), weights, like)  # they are kept in float32
+  return {name: nnx.merge(graphdef, *typed[key], frozen) for name, key in ((OURS, "average"), (RAW, "raw"))}
 
 
 def all_scores(ws: MultilabelWorkspace) -> dict[str, np.ndarray]:
