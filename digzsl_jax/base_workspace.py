@@ -81,8 +81,9 @@ def resolve(name: str, field: str) -> pathlib.Path:
 class BaseWorkspace:
   """Models are loaded when they are first used, so that a run whose stages are all there loads none.
 
-  A method's own workspace adds `models` (its settings, with `dtype`), `model_names`, `model_fingerprints` and
-  `data_fingerprint`.
+  A method's own workspace adds `models` (its settings, with `dtype`), `model_names`, `model_fingerprints`,
+  `data_fingerprint`, `modules` (for the parameter table), `needs` (the stages whose files a stage's module reads) and
+  `admit`, which raises ValueError for stages that cannot run.
 
   Attributes:
     config: the resolved config, sections by stage name beside `seed`, `data`, `models`, `mesh`.
