@@ -11,6 +11,13 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+
+def softmax(logits_nk: ArrayLike) -> np.ndarray:
+  """In float64, where a class far below the best one is not yet 0 and ties with no other."""
+  powers_nk = np.exp((logits_nk := np.asarray(logits_nk, np.float64)) - logits_nk.max(-1, keepdims=True))
+  return powers_nk / powers_nk.sum(-1, keepdims=True)
 
 
 def class_accuracies(predictions_n: np.ndarray, labels_n: np.ndarray, classes: Collection[int],

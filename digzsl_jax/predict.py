@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import tqdm
 
-from digzsl_jax import checkpoint, cli, files
+from digzsl_jax import checkpoint, cli, files, metrics
 from digzsl_jax.base_workspace import BATCH, LAYOUTS, check, resolve
 from digzsl_jax.data import pictures
 from digzsl_jax.models import cdm, clip, download, hub
@@ -161,7 +161,7 @@ def best(logits_nk: np.ndarray, run: Recogniser, among: str, lam: float, top: in
   """For every picture the `top` classes by score, as the JSON has them; the module's docstring says what they are."""
   space_k = {"all": np.ones_like(run.is_seen_k), "seen": run.is_seen_k, "unseen": ~run.is_seen_k}[among]
   names_k, is_seen_k = run.names_k[space_k], run.is_seen_k[space_k]
-  probabilities_nk = evaluate.softmax(logits_nk[:, space_k])
+  probabilities_nk = metrics.softmax(logits_nk[:, space_k])
   scores_nk = probabilities_nk - (lam * is_seen_k if among == "all" else 0)
   order_nt = np.argsort(-scores_nk, axis=1, kind="stable")[:, :top]  # of equals the first, as `argmax`
   return [[{"class": str(names_k[k]), "probability": float(probabilities_k[k]), "score": float(scores_k[k]),

@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -68,12 +67,6 @@ class Scores(NamedTuple):
                                 self.names_k)
 
 
-def softmax(logits_nk: jax.Array) -> np.ndarray:
-  """In float64, where a class far below the best one is not yet 0 and ties with no other."""
-  powers_nk = np.exp((logits_nk := np.asarray(logits_nk, np.float64)) - logits_nk.max(-1, keepdims=True))
-  return powers_nk / powers_nk.sum(-1, keepdims=True)
-
-
 def test_features(real: Mapping[str, np.ndarray], task: str) -> np.ndarray:
   """Feature rows `[n, f]` of the test images of `task`, those of seen classes first."""
   return np.concatenate([real[f"{task}.test_seen"], real[f"{task}.test_unseen"]])
@@ -100,17 +93,17 @@ def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]
   if ws.dataset.has_images:
     texts_kd = ws.text_prototypes_kd[list(classes)]
     embeds_nd = clip_embeds(ws, task, features_nf)[:, -texts_kd.shape[1]:]
-    found["clip_zero_shot"] = softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_nd @ texts_kd.T)
+    found["clip_zero_shot"] = metrics.softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_nd @ texts_kd.T)
   for kind in cdm.KINDS:
     folder = ws.folder("cdm") / f"{task.name}_{kind}"
     if folder.exists():  # only the run's own CLIP has a residual head
       embeds = losses.normalise(cdm.load_head(folder)(features_nf))
-      found[f"cdm_prototype_{kind}"] = softmax(embeds @ prototypes_kp.T / ws.config["cdm"]["temperature"])
+      found[f"cdm_prototype_{kind}"] = metrics.softmax(embeds @ prototypes_kp.T / ws.config["cdm"]["temperature"])
   found["cdm_prototype"] = found[f"cdm_prototype_{ws.config['cdm']['kind']}"]
   for source, method in METHODS.items():
     folder = ws.folder("classifier") / f"{task.name}_{source}"
     if folder.exists():  # not every data set has real images of unseen classes
-      found[method] = softmax(hub.load(Classifier, folder)(features_nf))
+      found[method] = metrics.softmax(hub.load(Classifier, folder)(features_nf))
   return Scores(labels_n, np.arange(len(classes)) < len(task.seen), names, found)
 
 
@@ -169,7 +162,7 @@ def images_curve(ws: Workspace, scores: Scores, real: Mapping[str, np.ndarray]) 
   features_nf, curves = test_features(real, "test"), {}
   for source in ("learned", "plain"):
     folders = [path for path in ws.folder("classifier").glob(f"test_{source}*") if path.is_dir()]
-    found = {hub.read_json(path / "config.json")["images"]: softmax(hub.load(Classifier, path)(features_nf))
+    found = {hub.read_json(path / "config.json")["images"]: metrics.softmax(hub.load(Classifier, path)(features_nf))
              for path in folders}
     t1 = {count: conventional(scores._replace(probabilities_nk=found), count)["T1"] for count in sorted(found)}
     curves[source] = [{"images": count, "T1": value} for count, value in t1.items()]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, files, logs, multilabel_metrics
+from digzsl_jax import checkpoint, files, logs, metrics, multilabel_metrics
 from digzsl_jax.base_workspace import BATCH, check
 from digzsl_jax.models import cdm, clip_decoder
 from digzsl_jax.multilabel_workspace import MultilabelWorkspace
@@ -94,12 +94,6 @@ def clip_scores(ws: MultilabelWorkspace) -> np.ndarray:
   return np.exp(ws.clip.logit_scale[...]) * rows[:, encoder.width:] @ ws.label_texts_kd.T
 
 
-def softmax(logits_nk: np.ndarray) -> np.ndarray:
-  """In float64: a label far below the others still ranks."""
-  powers_nk = np.exp((logits_nk := logits_nk.astype(np.float64)) - logits_nk.max(1, keepdims=True))
-  return powers_nk / powers_nk.sum(1, keepdims=True)
-
-
 def trained(ws: MultilabelWorkspace) -> dict[str, clip_decoder.CLIPDecoder]:
   """The decoder with averaged and with last weights."""
   model = ws.new_decoder()
@@ -139,7 +133,7 @@ def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> di
   for part, columns in parts(ws).items():
     names, targets_nk = [dataset.names[k] for k in columns], dataset.test.targets_nk[:, columns]
     for method, scores_nk in scores.items():
-      ranked_nk = softmax(scores_nk[:, columns]) if method == CLIP else scores_nk[:, columns]
+      ranked_nk = metrics.softmax(scores_nk[:, columns]) if method == CLIP else scores_nk[:, columns]
       measured.setdefault(method, {})[part] = measure(settings, ranked_nk, targets_nk, names)
   results = measured.pop(OURS) | {
       "method": OURS, "dataset": dataset.name, "seed": ws.seed,
