@@ -12,7 +12,7 @@ from configs import base
 
 
 def get_config():
-  config = base.clip_decoder_benchmark(name="nus_wide", folder="data/NUS-WIDE", images="Flickr", size=224)
+  config = base.clip_decoder_benchmark(name="nus_wide", folder="data/NUS-WIDE", size=224)
   # ZSL mAP, F1@3, F1@5, GZSL mAP, F1@3, F1@5. BiAM: the best of its log; ML-Decoder: its README (ZSL mAP) and paper.
   # CLIP-Decoder's paper claims 3.9 points more in ZSL and 2.3 in GZSL; its absolute numbers could not be found.
   config.report.published = (("BiAM", 26.43, 33.21, 30.07, 9.56, 15.98, 18.86),

@@ -57,6 +57,12 @@ def test_data_fits_its_loader(name):
   assert set(arguments) - {"name"} <= set(inspect.signature(loader).parameters)
 
 
+def test_nus_wide_fits_both_its_loaders():
+  """The config names the other one as a way to ML-Decoder's protocol."""
+  fields = set(load("nus_wide").data) - {"name"}
+  assert fields <= set(inspect.signature(multilabel.LOADERS["nus_wide_csv"]).parameters)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if load(name).method == "pretrain"])
 def test_pretraining_fits(name):
   config = load(name).to_dict()
