@@ -166,9 +166,19 @@ class MultilabelWorkspace(BaseWorkspace):
       tower = self.clip.vision_model
       return clip_decoder.Tokens(tower, cdm.Preprocess.from_folder(self.model_paths["clip"], tower.image_size))
     if self.tresnet_file:
-      return clip_decoder.Tokens(tresnet.load(self.tresnet_file, dtype=self.models.dtype))
+      return clip_decoder.Tokens(self._stored_tresnet(kind))
     build = lambda: tresnet.TResNet.from_json(tresnet.VARIANTS[kind], dtype=self.models.dtype, rngs=nnx.Rngs(self.seed))
     return clip_decoder.Tokens(layers.initialised(build))
+
+  def _stored_tresnet(self, kind: str) -> tresnet.TResNet:
+    """That of `models.tresnet`; raises ValueError if it is another of the published ones than `kind`."""
+    found = tresnet.load(self.tresnet_file, dtype=self.models.dtype)
+    blocks = tuple(len(getattr(found.body, f"layer{stage}")) for stage in range(1, 5))
+    held = next((name for name, fields in tresnet.VARIANTS.items() if fields["layers"] == blocks), kind)
+    if held != kind:
+      raise ValueError(f"config.train.encoder is {kind!r}, but config.models.tresnet, {self.models.tresnet!r}, holds "
+                       f"TResNet-{held}; set config.train.encoder={held}, or name other weights")
+    return found
 
   def new_decoder(self) -> clip_decoder.CLIPDecoder:
     """Encoder and untrained head, as section `train` describes them."""

@@ -12,6 +12,7 @@ from configs import quickstart_clip_decoder
 from digzsl_jax import base_workspace, checkpoint, files, logs, losses
 from digzsl_jax import main as command
 from digzsl_jax.data import multilabel, prompts
+from digzsl_jax.models import hub, layers, tresnet
 from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 from digzsl_jax.runs import clip_decoder
 
@@ -178,6 +179,19 @@ def test_encoders(encoder, frozen, config, tmp_path, monkeypatch):
   assert trunk == ([True] if encoder == "clip" else [False] if frozen else [True, True])
 
 
+def test_weights_of_another_tresnet(config, tmp_path, monkeypatch):
+  for name, blocks in (("M", 1), ("L", 2)):
+    fields = {"layers": (1, blocks, 1, 1), "bottleneck": (False, False, True, True), "width": 8}
+    monkeypatch.setitem(tresnet.VARIANTS, name, fields)
+  model = layers.initialised(lambda: tresnet.TResNet.from_json(fields, rngs=nnx.Rngs(0)))
+  hub.save(model, tmp_path / "l", fields | {"model_type": "tresnet"}, dtype=np.float32)
+  config.models.tresnet, config.train.encoder = str(tmp_path / "l"), "L"
+  assert workspace(config, tmp_path / "run")[0].new_encoder().width == 256
+  config.train.encoder = "M"
+  with pytest.raises(ValueError, match=r"config.train.encoder is 'M', but config.models.tresnet.* holds TResNet-L"):
+    workspace(config, tmp_path / "run")[0].new_encoder()
+
+
 def test_a_decoder_of_a_closed_list(config, tmp_path):
   config.train.groups = 10
   run(config, tmp_path)
@@ -201,6 +215,7 @@ def test_a_decoder_of_a_closed_list(config, tmp_path):
   ({"models.template": "a photo"}, r"config.models.template is \"a photo\""),
   ({"evaluate.top": (0,)}, r"config.evaluate.top is \(0,\)"),
   ({"data.max_objects": 5}, r"max_objects is 5"),
+  ({"data.test": 1}, r"config.evaluate: no test image .* holds one of the 12 labels that 'zsl' ranks"),
 ])
 def test_impossible_settings_make_nothing(change, message, config, tmp_path):
   config.update_from_flattened_dict(change)

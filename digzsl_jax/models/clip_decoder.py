@@ -104,7 +104,7 @@ class Scorer(nnx.Module):
 
 
 def score_tokens(decoder: CLIPDecoder, queries_kw: np.ndarray | None, tokens_nte: np.ndarray,
-                 batch: int = 256) -> Iterator[np.ndarray]:
+                 batch: int = 64) -> Iterator[np.ndarray]:
   """Logits `[b, k]` of tokens that come ready, batch by batch; the last one is filled up for the compiled model."""
   graphdef, state = nnx.split(decoder)
   score = jax.jit(lambda state, tokens_bte: nnx.merge(graphdef, state).score(tokens_bte, queries_kw))

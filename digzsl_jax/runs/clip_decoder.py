@@ -278,6 +278,8 @@ def lower(settings: Settings, ws: MultilabelWorkspace) -> dict[str, jax.stages.L
 def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> dict:
   """Trains to the end, from the state in `folder` if there is one; returns the last losses."""
   model = ws.new_decoder()
+  if settings.encoder in tresnet.VARIANTS and not ws.models.tresnet:
+    ws.log.warn("config.models.tresnet is empty: TResNet starts from fresh weights, published results from ImageNet's")
   data = prepare(settings, ws, model)
   steps = steps_of(settings, len(data.targets_nk))
   trainer = Trainer(settings, model, steps, ws)

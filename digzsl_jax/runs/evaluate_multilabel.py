@@ -54,6 +54,14 @@ def parts(ws: MultilabelWorkspace) -> dict[str, list[int]]:
   return {"zsl": unseen, "gzsl": [*seen, *unseen], "seen": seen}
 
 
+def validate(settings: Settings, ws: MultilabelWorkspace) -> None:
+  """Raises ValueError if no test image holds a label of a list: nothing could be ranked right."""
+  for part, columns in parts(ws).items():
+    if not (ws.dataset.test.targets_nk[:, columns] == 1).any():
+      raise ValueError(f"no test image of {ws.dataset.name} holds one of the {len(columns)} labels that {part!r} "
+                       "ranks; give config.data test images that do, or leave this stage out")
+
+
 def percent(fraction: float) -> float | None:
   """A fraction in percent, to two decimals; None for NaN."""
   return None if np.isnan(fraction) else round(100 * float(fraction), 2)
