@@ -78,13 +78,18 @@ def compiled_look(graphdef):
   return jax.jit(lambda state, *inputs: tagclip.reidentify(nnx.merge(graphdef, state), *inputs))
 
 
+def padded(images, rows, columns):
+  batch = np.full((len(images), 16 * rows, 16 * columns, 3), 7, np.float32)
+  for row, image in zip(batch, images):
+    row[:image.shape[0], :image.shape[1]] = image
+  return batch
+
+
 def run_all(model, images, rows, columns, text_kp, **settings):
   """Everything that the stages put out, as numpy, of pictures padded to `rows` and `columns`."""
   graphdef, state = nnx.split(model)
   grids = np.array([(image.shape[0] // 16, image.shape[1] // 16) for image in images])
-  batch = np.full((len(images), 16 * rows, 16 * columns, 3), 7, np.float32)
-  for row, image in zip(batch, images):
-    row[:image.shape[0], :image.shape[1]] = image
+  batch = padded(images, rows, columns)
   coarse, attention, refined, proposals = compiled(graphdef, **settings)(state, batch, grids, text_kp)
   looked = {}
   for compat, found in proposals.items():
@@ -193,6 +198,23 @@ def test_reidentify(small, compat):
     close(probability, plain.reidentify(small.plain, small.images[b], mask, box, label, small.text_kp))
 
 
+def test_reidentify_small_regions(small):
+  rng = np.random.default_rng(2)
+  masks = rng.random((len(PIXELS), ROWS, COLUMNS, LABELS)) < 0.4
+  places = {(1, 0): (1, 2, 4, 9), (1, 3): (5, 3, 6, 4), (2, 5): (2, 0, 10, 5), (3, 1): (0, 7, 2, 22)}
+  boxes = np.zeros((len(PIXELS), LABELS, 4), np.int32)
+  for place, box in places.items():
+    boxes[place] = box
+  graphdef, state = nnx.split(small.model)
+  found = small.proposals[False]._replace(masks_bijf=masks, boxes_bf4=boxes)
+  filled = [np.resize(np.array(index), len(PIXELS) * LABELS) for index in zip(*places)]
+  batch = padded(small.images, ROWS, COLUMNS)
+  probabilities = compiled_look(graphdef)(state, batch, found, *filled, small.text_kp)
+  for (b, label), probability in zip(places, probabilities):
+    close(probability, plain.reidentify(small.plain, small.images[b], masks[b, ..., label], places[b, label], label,
+                                        small.text_kp))
+
+
 def plain_scores(model, positions, image, text_kp, compat, **settings):
   """From the picture to the final scores, by the plain derivation alone."""
   rows, columns = (side // 16 for side in image.shape[:2])
@@ -217,7 +239,8 @@ def test_from_picture_to_tags(small, compat):
   found = final_scores(small, compat)
   said = np.asarray(tagclip.tags(found, THRESHOLD))
   for b, image in enumerate(small.images):
-    positions = positions_of(small.model, *small.grids[b])
+    is_own = tuple(small.grids[b]) == (4, 4)
+    positions = small.plain.own_positions() if is_own else small.plain.positions(*small.grids[b]).astype(np.float16)
     wanted = plain_scores(small.plain, positions, image, small.text_kp, compat, **SETTINGS)
     close(found[b], wanted)
     assert set(np.nonzero(said[b])[0]) == plain.tags(wanted, THRESHOLD)
@@ -234,12 +257,13 @@ def test_padding_and_other_pictures_change_nothing(small, b):
 
 
 def test_vit_base():
-  model, text_kp, image = make_model(BASE, 100), make_texts(512), picture(43, 90, 5)
+  model, text_kp, image = make_model(BASE, 100), make_texts(512)[::-1], picture(43, 90, 5)
   settings = dict(first_layer=0, votes=2)
   out, twin = run_all(model, [image], 4, 6, text_kp, **settings), plain_model(model, BASE)
   positions = positions_of(model, *out.grids[0])
   coarse, _ = plain.coarse_scores(twin, image, positions, text_kp)
   close(part(out, 0)(out.coarse), coarse)
+  assert out.looked[False] and out.looked[True]
   for compat in (False, True):
     close(final_scores(out, compat)[0], plain_scores(twin, positions, image, text_kp, compat, **settings))
 
@@ -272,8 +296,9 @@ def test_compat_differs_only_at_edges():
   grids = np.array([[5, 6]])
 
   def both(scores):
-    refined = [tagclip.refine(scores, flat_attention(30), grids, first_layer=0, votes=2, compat=c) for c in (0, 1)]
-    return refined, [tagclip.propose(r, grids, 3, compat=c) for r, c in zip(refined, (0, 1))]
+    refined = [tagclip.refine(scores, flat_attention(30), grids, first_layer=0, votes=2, compat=c)
+               for c in (False, True)]
+    return refined, [tagclip.propose(r, grids, 3, compat=c) for r, c in zip(refined, (False, True))]
   refined, proposals = both(scores)
   for mine, published in zip((refined[0], *proposals[0]), (refined[1], *proposals[1])):
     np.testing.assert_array_equal(mine, published)
@@ -284,17 +309,18 @@ def test_compat_differs_only_at_edges():
 
 
 def test_published_early_return():
-  refined = np.full((1, 4, 5, 4), 0.1, np.float32)
+  refined = np.full((1, 4, 5, 5), 0.1, np.float32)
   refined[0, 1, 1, 0], refined[0, 3, 2, 1], refined[0, 2, 2, 2] = 0.9, 0.8, 0.7  # the second in the last row
   refined[..., 3] = 0.6  # level
+  refined[0, 0, 0, 4] = 0.48  # below the threshold, 0.1 + (0.9 - 0.1) / 2
   grids = np.array([[4, 5]])
-  mine = tagclip.propose(refined, grids, 4)
-  published = tagclip.propose(refined, grids, 4, compat=True)
-  assert mine.candidates_bf.tolist() == [[True] * 4]
-  assert published.candidates_bf.tolist() == [[True, False, False, False]]
-  assert mine.boxes_bf4[0].tolist() == [[1, 1, 2, 2], [3, 2, 4, 3], [2, 2, 3, 3], [0, 0, 4, 5]]
+  mine = tagclip.propose(refined, grids, 5)
+  published = tagclip.propose(refined, grids, 5, compat=True)
+  assert mine.candidates_bf.tolist() == [[True] * 4 + [False]]
+  assert published.candidates_bf.tolist() == [[True] + [False] * 4]
+  assert mine.boxes_bf4[0, :4].tolist() == [[1, 1, 2, 2], [3, 2, 4, 3], [2, 2, 3, 3], [0, 0, 4, 5]]
   for compat, found in ((False, mine), (True, published)):
-    wanted = plain.candidates(refined.reshape(20, 4), 4, 5, 4, 0.5, compat)
+    wanted = plain.candidates(refined.reshape(20, 5), 4, 5, 5, 0.5, compat)
     assert sorted(wanted) == np.nonzero(found.candidates_bf[0])[0].tolist()
 
 

@@ -73,11 +73,11 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     ValueError: sides of `images_bijc` that are no whole patches.
   """
   tower = model.vision_model
-  b, *sides, _ = images_bijc.shape
-  rows, columns = (side // tower.embeddings.patch_size for side in sides)
-  if sides != [rows * tower.embeddings.patch_size, columns * tower.embeddings.patch_size]:
-    raise ValueError(f"images of {sides[0]}x{sides[1]} pixels are no whole patches of {tower.embeddings.patch_size}: "
-                     "resize them, or pad them and say so in grids_b2")
+  b, height, width, _ = images_bijc.shape
+  patch = tower.embeddings.patch_size
+  if height % patch or width % patch:
+    raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
+  rows, columns = height // patch, width // patch
   x_bld = tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns))
   inside_bl = jnp.pad(_inside(grids_b2, rows, columns).reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
   _, out = tower.encoder(tower.pre_layrnorm(x_bld), jnp.where(inside_bl, 0, -jnp.inf)[:, None, None])
@@ -139,7 +139,7 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
 
   relative_bijk, level_b11k = _relative(spread(scores_bijk), inside_bij1)
   mean_b11k = relative_bijk.sum((1, 2), keepdims=True) / patches_b11[..., None]
-  strong_bijk = jnp.floor(relative_bijk * 255) > jnp.floor(mean_b11k * 255)  # bytes, as OpenCV thresholds them
+  strong_bijk = jnp.floor(relative_bijk * 255) > mean_b11k * 255  # of bytes, as the released code has it
   boxed_bijk = boxed(strong_bijk)
   if compat:
     boxed_bijk &= _inside(grids_b2 - 1, rows, columns)[..., None]
@@ -156,7 +156,7 @@ def boxed(mask_bijk: jax.Array) -> jax.Array:
   """
   columns = mask_bijk.shape[2]
   column_j1 = jnp.arange(columns)[:, None]
-  none = -columns  # beside what any part reaches
+  none = -columns  # less than any part reaches
   reach_2bijk = jnp.where(mask_bijk, jnp.stack([-column_j1, column_j1])[:, None, None], none)
 
   def widen(state):
@@ -171,9 +171,9 @@ def boxed(mask_bijk: jax.Array) -> jax.Array:
     wider = jnp.where(mask_bijk, wider, none)
     return wider, jnp.any(wider != reach)
 
-  (left_bijk, right_bijk), _ = jax.lax.while_loop(lambda state: state[1], widen, (reach_2bijk, mask_bijk.any()))
+  (minus_left_bijk, right_bijk), _ = jax.lax.while_loop(lambda state: state[1], widen, (reach_2bijk, mask_bijk.any()))
   from_left_bijk = jax.lax.cummax(right_bijk, axis=2) >= column_j1
-  from_right_bijk = jax.lax.cummax(left_bijk, axis=2, reverse=True) >= -column_j1
+  from_right_bijk = jax.lax.cummax(minus_left_bijk, axis=2, reverse=True) >= -column_j1
   return from_left_bijk | from_right_bijk
 
 
