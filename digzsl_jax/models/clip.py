@@ -228,21 +228,22 @@ class VisionEmbeddings(nnx.Module):
 
   def __init__(self, config: VisionConfig, *, dtype, rngs: nnx.Rngs):
     width, patch = config.hidden_size, config.patch_size
-    self.image_size, self.dtype = config.image_size, layers.types(dtype)[1]
+    self.image_size, self.patch_size, self.dtype = config.image_size, patch, layers.types(dtype)[1]
     self.class_embedding = layers.parameter(nnx.initializers.normal(width**-0.5), (width,), rngs=rngs)
     self.patch_embedding = layers.conv(config.num_channels, width, patch, stride=patch, padding=0, bias=False,
                                        dtype=dtype, rngs=rngs)
     self.position_embedding = layers.embedding((config.image_size // patch)**2 + 1, width, dtype=dtype, rngs=rngs)
 
-  def __call__(self, images_bijc: jax.Array) -> jax.Array:
+  def __call__(self, images_bijc: jax.Array, positions_bld: jax.Array | None = None) -> jax.Array:
+    """Of images of the model's size, or of any other with `positions_bld` in place of the model's own."""
     b, i, j, _ = images_bijc.shape
-    if (i, j) != (self.image_size, self.image_size):
+    if positions_bld is None and (i, j) != (self.image_size, self.image_size):
       raise ValueError(f"images of {i}x{j} pixels for a model of image_size {self.image_size}: resize them")
     patches_bijd = self.patch_embedding(images_bijc)
     width = patches_bijd.shape[-1]
     class_b1d = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, width))
     x_bld = jnp.concatenate([class_b1d, patches_bijd.reshape(b, -1, width)], axis=1)
-    return x_bld + self.position_embedding(jnp.arange(x_bld.shape[1]))
+    return x_bld + (self.position_embedding(jnp.arange(x_bld.shape[1])) if positions_bld is None else positions_bld)
 
 
 class CLIPVisionModel(nnx.Module):
