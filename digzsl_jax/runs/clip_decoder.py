@@ -41,7 +41,7 @@ MODELS = ("clip", "queries", "tresnet")
 ENCODERS = (CLIP, FEATURES, *tresnet.VARIANTS)
 IN_MEMORY = 2**31  # bytes that tokens of a frozen encoder may take
 SAVE_EVERY, LOG_EVERY = 500, 50  # updates
-SAVE_SECONDS = 300  # or earlier, where updates are slow
+SAVE_SECONDS = 300  # or earlier, where updates are slow; several processes have no common clock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,10 +306,12 @@ def train(settings: Settings, ws: MultilabelWorkspace, trainer: Trainer, data: D
       if step % LOG_EVERY == 0 or step == steps:
         found = {name: round(float(value), 5) for name, value in measured.items()}
         if not np.isfinite(found["loss"]):
-          raise ValueError(f"the loss is {found['loss']} after {step} updates; lower config.train.learning_rate")
+          wrong = "" if ws.dataset.has_images else ", or look for what is no number among the features"
+          raise ValueError(f"the loss is {found['loss']} after {step} updates; lower config.train.learning_rate{wrong}")
         ws.log.metrics("train", step, **found)
         bar.set_postfix({name: f"{value:.3g}" for name, value in found.items()}, refresh=False)
-      if step % SAVE_EVERY == 0 or step == steps or time.monotonic() - saved > SAVE_SECONDS:
+      late = jax.process_count() == 1 and time.monotonic() - saved > SAVE_SECONDS
+      if step % SAVE_EVERY == 0 or step == steps or late:
         checkpoint.save_state(path, state)
         saved = time.monotonic()
   return state, found
