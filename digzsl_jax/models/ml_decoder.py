@@ -195,6 +195,7 @@ class MLDecoder(nnx.Module):
   def decode(self, memory_btd: jax.Array, queries_kw: jax.Array | None = None, *,
              key: jax.Array | None = None) -> jax.Array:
     """Logits `[b, n]`, or `[b, k]` of the labels that are asked for; see `__call__`."""
+    key = key if self.config.dropout else None  # drawing numbers that drop nothing takes longer than the attention
     states_bkd = self.decoder.layers[0](self._queries(queries_kw), memory_btd, key)
     letters = "dg" if self.query_embed is None else "kdg"
     logits_bkg = jnp.einsum(f"bkd,{letters}->bkg", states_bkd, self.duplicate_pooling[...],
