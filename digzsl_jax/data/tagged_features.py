@@ -33,8 +33,7 @@ def load(*, folder: str) -> MultilabelDataset:
   if (widths := {part: tagged.images_nhwc.shape[1:] for part, tagged in parts.items()})["train"] != widths["test"]:
     raise ValueError(f"{root}: features of an image are {list(widths['train'])} in train.npy, but "
                      f"{list(widths['test'])} in test.npy; make both with the same encoder")
-  return MultilabelDataset(root.name, tuple(names), tuple(k for k, name in enumerate(names) if name not in unseen),
-                           tuple(k for k, name in enumerate(names) if name in unseen), **parts)
+  return MultilabelDataset(root.name, tuple(names), *tagged_files.divided(names, unseen), **parts)
 
 
 def _read(root: pathlib.Path, part: str, labels: int) -> Tagged:

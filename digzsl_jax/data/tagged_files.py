@@ -36,9 +36,14 @@ def dataset(name: str, names: Sequence[str], unseen: Sequence[str], folder: path
   found, notes = photographs.read(folder, {part: paths for part, (paths, _) in parts.items()}, size, skip_damaged,
                                   fit="squash")
   tagged = {part: Tagged(images, parts[part][1][kept]) for part, (images, kept) in found.items()}
+  return MultilabelDataset(name, tuple(names), *divided(names, unseen), **tagged, notes=tuple(notes))
+
+
+def divided(names: Sequence[str], unseen: Iterable[str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """Columns of the seen labels, which are all others, and of the `unseen` ones."""
   unseen = set(unseen)
-  return MultilabelDataset(name, tuple(names), tuple(k for k, name in enumerate(names) if name not in unseen),
-                           tuple(k for k, name in enumerate(names) if name in unseen), **tagged, notes=tuple(notes))
+  return (tuple(k for k, name in enumerate(names) if name not in unseen),
+          tuple(k for k, name in enumerate(names) if name in unseen))
 
 
 def targets(columns_n: Sequence[Sequence[int]], labels: int) -> np.ndarray:

@@ -12,7 +12,7 @@ Shapes: n test image, k label, d embedding.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -151,14 +151,10 @@ def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> di
       "devices": logs.devices(ws.mesh.devices.flat),
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items() if stage.done}}
   files.write_json(ws.workdir / "results.json", results)
-  headline = {f"{part}_{key}": found[key] for part, found in headlines(results).items()
-              for key in found if key == "mAP" or key.startswith("F1")}
+  headline = {f"{part}_{key}": value for part in parts(ws) for key, value in results[part].items()
+              if key == "mAP" or key.startswith("F1")}
   ws.log.say(f"evaluate: {headline}")
   return headline
-
-
-def headlines(results: Mapping) -> dict[str, Mapping]:
-  return {part: results[part] for part in ("zsl", "gzsl", "seen") if part in results}
 
 
 def warnings(ws: MultilabelWorkspace) -> list[str]:
