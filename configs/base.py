@@ -12,7 +12,7 @@ def pretrain() -> config_dict.ConfigDict:
       method="pretrain",
       seed=0,
       stages=("tokenizer", "vae", "clip", "judge", "sd", "export"),
-      corpus=dict(name="scenes", images=60_000, mixup=0.45, target_share=0.5),
+      corpus=dict(name="scenes", images=60_000, mixup=0.45, target_share=0.5, objects=1),
       tokenizer=dict(length=16),
       vae=dict(
           model=dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=32,
@@ -21,7 +21,7 @@ def pretrain() -> config_dict.ConfigDict:
           kl=3e-4,
           training=dict(steps=3000, batch=32, learning_rate=2e-3, weight_decay=0.0, average=0.995)),
       clip=dict(
-          projection_dim=64,
+          projection_dim=64, patches=0.0,
           text=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                     hidden_act="quick_gelu"),
           vision=dict(hidden_size=112, intermediate_size=448, num_hidden_layers=4, num_attention_heads=4,
@@ -40,7 +40,7 @@ def pretrain() -> config_dict.ConfigDict:
                          beta_end=0.012, num_train_timesteps=1000, prediction_type="v_prediction",
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
           training=dict(steps=5000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
-      export=dict(folder=""),
+      export=dict(world="scenes", folder=""),
   ).lock()
 
 

@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "generate": {*LIBRARY, *TOOLS},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {*WORKSPACES, "loop", "batches", *LIBRARY, *TOOLS},  # but never each other
+    "runs": {*WORKSPACES, "loop", "batches", "world_export", *LIBRARY, *TOOLS},  # but never each other
     "loop": {"models", "checkpoint", "logs"},
+    "world_export": {"models", "diffusion", "data", "loop", "checkpoint", "files"},
     "batches": set(),
     "base_workspace": {*LIBRARY, *TOOLS},
     "workspace": {"base_workspace", "features", *LIBRARY, *TOOLS},

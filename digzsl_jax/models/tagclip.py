@@ -81,11 +81,15 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
   x_bld = tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns))
   inside_bl = jnp.pad(_inside(grids_b2, rows, columns).reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
   _, out = tower.encoder(tower.pre_layrnorm(x_bld), jnp.where(inside_bl, 0, -jnp.inf)[:, None, None])
-  last = tower.encoder.layers[-1]
-  x_bld = last.feed_forward(out["hidden"][-2] + last.self_attn.out_proj(out["values"][-1]))
-  embeds_blp = model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
-  scores_bijk = _probabilities(model, embeds_blp, text_kp).reshape(b, rows, columns, -1)
+  scores_bijk = _probabilities(model, patch_embeds(model, out), text_kp).reshape(b, rows, columns, -1)
   return scores_bijk, [weights_bhlm[:, :, 1:, 1:].mean(1) for weights_bhlm in out["attention"]]
+
+
+def patch_embeds(model: clip.CLIPModel, out: dict) -> jax.Array:
+  """Embeddings `[b, l, p]`, of any norm, of the patches, out of what the vision tower hands out beside its result."""
+  tower, last = model.vision_model, model.vision_model.encoder.layers[-1]
+  x_bld = last.feed_forward(out["hidden"][-2] + last.self_attn.out_proj(out["values"][-1]))
+  return model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
 
 
 def positions(embeddings: clip.VisionEmbeddings, grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
