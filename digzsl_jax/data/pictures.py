@@ -4,11 +4,12 @@ Shapes: n image, h w pixel, c colour channel (RGB).
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources.abc import Traversable
 from typing import Any, NamedTuple
 
@@ -121,20 +122,40 @@ def decode(path: Traversable, size: int, fit: str = "crop") -> np.ndarray:
   Raises:
     ValueError: it is missing or damaged.
   """
-  try:
-    with path.open("rb") as file, Image.open(file) as image:
-      ImageOps.exif_transpose(image, in_place=True)
-      if image.mode.startswith("I;16"):  # which Pillow would clip to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-      image = image.convert("RGB")
-  except UNREADABLE as error:
-    raise ValueError(f"{path} cannot be read ({_reason(error)}); replace or delete it") from error
+  image = read_rgb(path)
   if fit == "squash":
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
   height, width, top, left = resize.fit(image.height, image.width, size, size)
   if (width, height) != image.size:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
   return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def read_rgb(path: Traversable) -> Image.Image:
+  """A picture file as it is shown: turned, RGB, of its own size.
+
+  Raises:
+    ValueError: it is missing or damaged.
+  """
+  with opened(path) as image:
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16"):  # which Pillow would clip to white
+      image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def opened(path: Traversable) -> Iterator[Image.Image]:
+  """A picture file, of which Pillow has read no more than the beginning.
+
+  Raises:
+    ValueError: it is missing or damaged, found here or in the body.
+  """
+  try:
+    with path.open("rb") as file, Image.open(file) as image:
+      yield image
+  except UNREADABLE as error:
+    raise ValueError(f"{path} cannot be read ({_reason(error)}); replace or delete it") from error
 
 
 def _examine(path: Traversable) -> bytes:

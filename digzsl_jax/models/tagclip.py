@@ -72,23 +72,46 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
   """
+  attention = []
+  take = lambda weights_blm, _: attention.append(weights_blm)
+  return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
+
+
+def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
+                        first_layer: int = 8, votes: int = 4) -> tuple[jax.Array, jax.Array]:
+  """`coarse_scores` and the `affinity` of its attention, which is used up layer by layer.
+
+  Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
+  layer's mean over heads, one or two on the way to it, the average and the votes so far.
+  """
+  gather = _Affinity(grids_b2, len(model.vision_model.encoder.layers), first_layer, votes)
+  return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
+
+
+def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
+  """The scores of `coarse_scores`; `take` is given the attention of one layer after another."""
   tower = model.vision_model
   b, height, width, _ = images_bijc.shape
   patch = tower.embeddings.patch_size
   if height % patch or width % patch:
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
-  x_bld = tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns))
-  inside_bl = jnp.pad(_inside(grids_b2, rows, columns).reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
-  _, out = tower.encoder(tower.pre_layrnorm(x_bld), jnp.where(inside_bl, 0, -jnp.inf)[:, None, None])
-  scores_bijk = _probabilities(model, patch_embeds(model, out), text_kp).reshape(b, rows, columns, -1)
-  return scores_bijk, [weights_bhlm[:, :, 1:, 1:].mean(1) for weights_bhlm in out["attention"]]
+  x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
+  inside_bij = _inside(grids_b2, rows, columns)
+  inside_bl = jnp.pad(inside_bij.reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
+  bias_b11m = jnp.where(inside_bl, 0, -jnp.inf)[:, None, None]
+  for layer in tower.encoder.layers:
+    before_bld = x_bld
+    x_bld, weights_bhlm, values_bld = layer(x_bld, bias_b11m)
+    take(weights_bhlm.mean(1)[:, 1:, 1:], inside_bij)
+  embeds_blp = patch_embeds(model, before_bld, values_bld)
+  return _probabilities(model, embeds_blp, text_kp).reshape(b, rows, columns, -1)
 
 
-def patch_embeds(model: clip.CLIPModel, out: dict) -> jax.Array:
-  """Embeddings `[b, l, p]`, of any norm, of the patches, out of what the vision tower hands out beside its result."""
+def patch_embeds(model: clip.CLIPModel, before_bld: jax.Array, values_bld: jax.Array) -> jax.Array:
+  """Embeddings `[b, l, p]`, of any norm, of the patches, out of the last layer's input and values."""
   tower, last = model.vision_model, model.vision_model.encoder.layers[-1]
-  x_bld = last.feed_forward(out["hidden"][-2] + last.self_attn.out_proj(out["values"][-1]))
+  x_bld = last.feed_forward(before_bld + last.self_attn.out_proj(values_bld))
   return model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
 
 
@@ -126,30 +149,64 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  if not (0 <= first_layer < len(attention) - 1 and 1 <= votes <= len(attention)):
-    raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {len(attention)} layers")
+  gather = _Affinity(grids_b2, len(attention), first_layer, votes)
+  for weights_blm in attention:
+    gather.add(weights_blm, _inside(grids_b2, *scores_bijk.shape[1:3]))
+  return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
+
+
+class _Affinity:
+  """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
+
+  def __init__(self, grids_b2: jax.Array, layers: int, first_layer: int, votes: int):
+    check(layers, first_layer, votes)
+    self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
+    self.pairs_b11 = (grids_b2.prod(1)**2)[:, None, None]
+    self.above_blm, self.sum_blm = 0, 0
+
+  def add(self, weights_blm: jax.Array, inside_bij: jax.Array) -> None:
+    """The next layer."""
+    inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
+    mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=inside_bl1) / self.pairs_b11
+    # A weight towards the padding is 0, which is never above the mean.
+    self.above_blm += (weights_blm > mean_b11).astype(jnp.int32)
+    if self.layer in self.averaged:
+      self.sum_blm += weights_blm
+    self.layer += 1
+
+  def result(self) -> jax.Array:
+    return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
+
+
+def check(layers: int, first_layer: int, votes: int) -> None:
+  """Raises ValueError if a model of so many layers has too few for `refine`."""
+  if not (0 <= first_layer < layers - 1 and 1 <= votes <= layers):
+    raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {layers} layers")
+
+
+def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, compat: bool = False) -> jax.Array:
+  """The second half of `refine`, from the affinity of patches."""
   b, rows, columns, k = scores_bijk.shape
   inside_bij1 = _inside(grids_b2, rows, columns)[..., None]
-  patches_b11 = grids_b2.prod(1)[:, None, None]
-  total = lambda weights_blm: weights_blm.sum((1, 2), keepdims=True, where=inside_bij1.reshape(b, -1, 1))
-  # A weight towards the padding is 0, which is never above the mean.
-  above_blm = sum((weights_blm > total(weights_blm) / patches_b11**2).astype(jnp.int32) for weights_blm in attention)
-  averaged = attention[first_layer:-1]
-  affinity_blm = sum(averaged) / len(averaged) * (above_blm >= votes)
 
-  def spread(source_bijk):
+  def once(source_bijk):
     out_blk = jnp.einsum("blm,bmk->blk", affinity_blm, source_bijk.reshape(b, -1, k), precision="highest")
     return jnp.where(inside_bij1, out_blk.reshape(scores_bijk.shape), 0)
 
-  relative_bijk, level_b11k = _relative(spread(scores_bijk), inside_bij1)
-  mean_b11k = relative_bijk.sum((1, 2), keepdims=True) / patches_b11[..., None]
+  relative_bijk, level_b11k = _relative(once(scores_bijk), inside_bij1)
+  mean_b11k = relative_bijk.sum((1, 2), keepdims=True) / grids_b2.prod(1)[:, None, None, None]
   strong_bijk = jnp.floor(relative_bijk * 255) > mean_b11k * 255  # of bytes, as the released code has it
   boxed_bijk = boxed(strong_bijk)
   if compat:
     boxed_bijk &= _inside(grids_b2 - 1, rows, columns)[..., None]
   else:
     boxed_bijk |= level_b11k
-  return spread(jnp.where(boxed_bijk, scores_bijk, 0))
+  return once(jnp.where(boxed_bijk, scores_bijk, 0))
+
+
+def best_patch(scores_bijk: jax.Array, grids_b2: jax.Array) -> jax.Array:
+  """The highest score of each class among the picture's patches, `[b, k]`, none below 0."""
+  return scores_bijk.max((1, 2), where=_inside(grids_b2, *scores_bijk.shape[1:3])[..., None], initial=0)
 
 
 def boxed(mask_bijk: jax.Array) -> jax.Array:
@@ -195,7 +252,7 @@ def propose(refined_bijk: jax.Array, grids_b2: jax.Array, labels: int, *, thresh
   """
   inside_bij1 = _inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
   labels_bijf = refined_bijk[..., :labels]
-  scores_bf = labels_bijf.max((1, 2), where=inside_bij1, initial=0)
+  scores_bf = best_patch(labels_bijf, grids_b2)
   low_b = refined_bijk.min((1, 2, 3), where=inside_bij1, initial=jnp.inf)
   high_b = refined_bijk.max((1, 2, 3), where=inside_bij1, initial=0)
   candidates_bf = scores_bf > (low_b + threshold * (high_b - low_b))[:, None]
@@ -228,20 +285,27 @@ def reidentify(model: clip.CLIPModel, images_bijc: jax.Array, proposals: Proposa
     picture_n: which pictures, rows of the batch.
     label_n: which labels of these; `(picture_n, label_n)` are places of `proposals.candidates_bf`.
   """
+  places = picture_n, label_n
+  masks_nij = jnp.moveaxis(proposals.masks_bijf, -1, 1)[places]
+  return look(model, images_bijc[picture_n], masks_nij, proposals.boxes_bf4[places], label_n, text_kp)
+
+
+def look(model: clip.CLIPModel, images_nijc: jax.Array, masks_nij: jax.Array, boxes_n4: jax.Array, label_n: jax.Array,
+         text_kp: jax.Array) -> jax.Array:
+  """`reidentify` with each candidate's own picture, region and box."""
   tower = model.vision_model
   size, patch = tower.image_size, tower.embeddings.patch_size
-  top_n, left_n, bottom_n, right_n = proposals.boxes_bf4[picture_n, label_n].T
+  top_n, left_n, bottom_n, right_n = boxes_n4.T
   starts, lengths = (top_n, left_n), (bottom_n - top_n, right_n - left_n)
   down_nri, across_nsj = (_bilinear(start_n * patch, length_n * patch, pixels, jnp.full_like(length_n, size), size)
-                          for start_n, length_n, pixels in zip(starts, lengths, images_bijc.shape[1:3]))
-  crops_nrsc = jnp.einsum("nri,nsj,nijc->nrsc", down_nri, across_nsj, images_bijc[picture_n], precision="highest")
+                          for start_n, length_n, pixels in zip(starts, lengths, images_nijc.shape[1:3]))
+  crops_nrsc = jnp.einsum("nri,nsj,nijc->nrsc", down_nri, across_nsj, images_nijc, precision="highest")
 
   side = size // patch
   row_nr, column_ns = (start_n[:, None] + _nearest(most, side)[length_n]
-                       for start_n, length_n, most in zip(starts, lengths, proposals.masks_bijf.shape[1:3]))
-  picture_n11, label_n11 = picture_n[:, None, None], label_n[:, None, None]
-  masks_nrs = proposals.masks_bijf[picture_n11, row_nr[:, :, None], column_ns[:, None], label_n11]
-  seen_nm = jnp.pad(masks_nrs.reshape(len(picture_n), -1), ((0, 0), (1, 0)), constant_values=True)
+                       for start_n, length_n, most in zip(starts, lengths, masks_nij.shape[1:3]))
+  masks_nrs = masks_nij[jnp.arange(len(label_n))[:, None, None], row_nr[:, :, None], column_ns[:, None]]
+  seen_nm = jnp.pad(masks_nrs.reshape(len(label_n), -1), ((0, 0), (1, 0)), constant_values=True)
   is_class_l1 = jnp.arange(seen_nm.shape[1])[:, None] == 0
   bias_n1lm = jnp.where(is_class_l1 & ~seen_nm[:, None, None], OUTSIDE, 0)
   x_nld, _ = tower.encoder(tower.pre_layrnorm(tower.embeddings(crops_nrsc)), bias_n1lm)

@@ -79,7 +79,8 @@ def clip_loss(patches: float, model: clip.CLIPModel, frozen: None, batch, key: j
   loss, accuracy = losses.clip(images_bp, texts_bp, scale)
   found = {"accuracy": accuracy}
   if patches:
-    of_patches, found["patch_accuracy"] = losses.patch_clip(tagclip.patch_embeds(model, out), texts_bp, scale)
+    patches_blp = tagclip.patch_embeds(model, out["hidden"][-2], out["values"][-1])
+    of_patches, found["patch_accuracy"] = losses.patch_clip(patches_blp, texts_bp, scale)
     loss += patches * of_patches
   return loss, {"loss": loss} | found
 
