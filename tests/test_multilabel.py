@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from digzsl_jax.data import multilabel, multilabel_scenes, scenes
+from digzsl_jax.data import multilabel, multilabel_scenes, scenes, true_masks
 from digzsl_jax.data.multilabel import MultilabelDataset, Tagged
 
 NAMES = ("ant", "bee", "cat", "dog")

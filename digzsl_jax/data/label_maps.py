@@ -29,7 +29,7 @@ def read(path: Traversable, columns_v: np.ndarray) -> np.ndarray:
   if mode not in ("P", "L"):
     raise ValueError(f"{path} holds colours (mode {mode}), but a mask holds numbers of labels, as palette or grey PNG; "
                      "get the original file")
-  columns_hw = columns_v.astype(np.int16)[values_hw]
+  columns_hw = np.take(columns_v.astype(np.int16), values_hw)
   if columns_hw.min(initial=0) == UNKNOWN:
     raise ValueError(f"{path} has the value {values_hw[columns_hw == UNKNOWN][0]}, which is no label; get the original "
                      "file")
