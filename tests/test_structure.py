@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
-           "optimisers", "quality"}
+           "segmentation_metrics", "optimisers", "quality"}
 TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_parts", "report_quality", "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace"}
 MAY_IMPORT = {
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "losses": set(),
     "metrics": set(),
     "multilabel_metrics": set(),
+    "segmentation_metrics": set(),
     "optimisers": set(),
     "quality": set(),
     "resize": set(),
@@ -62,7 +63,7 @@ NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 CONVERTER = f"{PACKAGE}/convert.py"  # reads pickles, which only PyTorch can; loads it when it is called
 REFERENCE = f"{PACKAGE}/verify/reference.py"  # the oracle itself, run in a process of its own and imported by nothing
-SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain", "scipy", "h5py"}
+SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain", "scipy", "h5py", "pycocotools"}
 
 
 def tree_of(file: str) -> ast.Module:
