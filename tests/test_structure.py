@@ -27,6 +27,9 @@ MAY_IMPORT = {
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
     "tagger": {"models", "data"},
+    "tag": {"tagger", "tag_records", "contact_sheet", "label_texts", "base_workspace", *LIBRARY, *TOOLS},
+    "tag_records": {"files"},
+    "contact_sheet": {"data", "report_page", "report_parts", "files"},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {*WORKSPACES, "loop", "batches", "world_export", *LIBRARY, *TOOLS},  # but never each other
