@@ -93,7 +93,7 @@ def write(folder: pathlib.Path, shown: Sequence[Shown], wrong: Mapping[str, str]
       before = (_head(shown, wrong, facts),) if not number else ()
       links = _links(names, number)
       files.write_text(folder / name, report_page.page(
-          f"Tags of {_counted(len(shown), 'picture')}", *before, links, tag("div", *cards, class_="sheet"), links,
+          f"Tags of {counted(len(shown), 'picture')}", *before, links, tag("div", *cards, class_="sheet"), links,
           style=STYLE))
   for path in folder.glob(f"{STEM}_*.html"):
     if path.name not in names:
@@ -101,7 +101,8 @@ def write(folder: pathlib.Path, shown: Sequence[Shown], wrong: Mapping[str, str]
   return folder / names[0]
 
 
-def _counted(count: int, what: str) -> str:
+def counted(count: int, what: str) -> str:
+  """As "1 picture" or "2,000 pictures"."""
   return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
@@ -109,15 +110,15 @@ def _head(shown: Sequence[Shown], wrong: Mapping[str, str], facts: Iterable[tupl
   counts = collections.Counter(label for each in shown for label in each.tags)
   most = counts.most_common(COUNTED)
   chart = most and tag(
-      "details", tag("summary", f"How often: {_counted(len(counts), 'label')}" + (
+      "details", tag("summary", f"How often: {counted(len(counts), 'label')}" + (
           f", here the {COUNTED} most frequent" if len(counts) > COUNTED else "")),
       report_page.bars([(label, [count]) for label, count in most], [("learned", "pictures")], most[0][1],
                        "pictures by label"))
-  damaged = wrong and tag("div", tag("p", f"{_counted(len(wrong), 'picture')} could not be read:"),
+  damaged = wrong and tag("div", tag("p", f"{counted(len(wrong), 'picture')} could not be read:"),
                           *(tag("p", said) for said in wrong.values()), class_="alarm")
   guide = tag("p", "Blue bars are the tags of a picture, best first; grey ones are the labels that came next. The "
               "longest bar is the highest score of all pictures. A click opens a picture.", class_="guide")
-  return report_page.join(tag("h1", f"Tags of {_counted(len(shown), 'picture')}"), guide, report_page.facts(facts),
+  return report_page.join(tag("h1", f"Tags of {counted(len(shown), 'picture')}"), guide, report_page.facts(facts),
                           damaged or None, chart or None)
 
 

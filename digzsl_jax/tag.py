@@ -23,6 +23,7 @@ import numpy as np
 
 from digzsl_jax import checkpoint, cli, contact_sheet, label_texts, logs, tag_records
 from digzsl_jax.base_workspace import EMBEDDED, check, locate
+from digzsl_jax.contact_sheet import counted
 from digzsl_jax.data import label_lists, native, pictures, prompts
 from digzsl_jax.data.tokenizer import Tokenizer
 from digzsl_jax.models import cdm, clip, download, hub, layers, tagclip
@@ -169,8 +170,8 @@ def compute(work: Work, todo: Sequence[pathlib.Path], records: tag_records.Recor
   engine = tagger(work, len(todo), log)
   read = Readable(todo, engine.patch)
   buckets = native.plan(read.grids_n2, min(SHAPES, 1 + len(todo) // PER_SHAPE), read.most_patches)
-  log.say(f"tagging in {len(buckets)} padded shape{'s' * (len(buckets) > 1)} on {logs.devices(jax.local_devices())}; "
-          "each is compiled first")
+  log.say(f"tagging in {counted(len(buckets), 'padded shape')}, each compiled first, on "
+          f"{logs.devices(jax.local_devices())}")
   with log.progress(len(todo), "pictures") as bar:
     for scored in engine.stream(read, buckets):
       said_bf = np.asarray(tagclip.tags(scored.scores_bf, work.args.threshold))
@@ -223,15 +224,16 @@ def run(args: argparse.Namespace) -> int:
       "model": {"name": args.model, "files": key}, "dtype": args.dtype, "threshold": args.threshold,
       "compat": args.compat})
   todo = records.begin(paths)
-  log.say(f"{len(paths)} pictures, {len(paths) - len(todo)} of them done before; {len(choice.labels)} labels, "
-          f"{len(choice.background)} names of background, {len(choice.templates)} prompts each")
+  log.say(f"{counted(len(paths), 'picture')}, {len(paths) - len(todo):,} of them done before; "
+          f"{counted(len(choice.labels), 'label')}, {counted(len(choice.background), 'name')} of background, "
+          f"{counted(len(choice.templates), 'prompt')} of each")
   wrong = compute(Work(choice, path, key, words, args), todo, records, log) if todo else {}
   found = [records.done[str(path)] for path in paths if str(path) in records.done]
   wrong = {str(path): wrong[str(path)] for path in paths if str(path) in wrong}
   sheet = contact_sheet.write(
       out, [contact_sheet.Shown(each["file"], [entry["label"] for entry in each["tags"]], each["scores"])
             for each in found], wrong, facts(args, choice), lambda count: log.progress(count, "contact sheet"))
-  log.say(f"{len(found)} pictures with tags in {records.path}; to look at: {sheet}")
+  log.say(f"{counted(len(found), 'picture')} with tags in {records.path}; to look at: {sheet}")
   if found or args.json:
     print((as_json if args.json else table)(found, args.all))
   for said in wrong.values():
