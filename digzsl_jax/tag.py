@@ -33,6 +33,7 @@ DEFAULT = "openai/clip-vit-base-patch16"  # that of the paper
 ALIASES = {"scenes": f"{EMBEDDED}scenes_tags/clip"}
 BACKGROUND = "coco"  # whose list competes with labels in a person's own words
 SHAPES, PER_SHAPE = 8, 32  # most padded shapes; one more pays off, in time of compiling, with so many pictures
+LARGEST = native.MOST_PATCHES * 3 // 2  # of a padded shape: what attention needs grows with the square
 PICTURES, CROPS = 4, 16  # that a device takes at a time
 DIGITS = 6  # of a score in files and JSON
 
@@ -169,7 +170,7 @@ def compute(work: Work, todo: Sequence[pathlib.Path], records: tag_records.Recor
   states = [tag_records.state(path) for path in todo]
   engine = tagger(work, len(todo), log)
   read = Readable(todo, engine.patch)
-  buckets = native.plan(read.grids_n2, min(SHAPES, 1 + len(todo) // PER_SHAPE), read.most_patches)
+  buckets = native.plan(read.grids_n2, min(SHAPES, 1 + len(todo) // PER_SHAPE), LARGEST)
   log.say(f"tagging in {counted(len(buckets), 'padded shape')}, each compiled first, on "
           f"{logs.devices(jax.local_devices())}")
   with log.progress(len(todo), "pictures") as bar:
