@@ -17,10 +17,10 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "segmentation_metrics", "optimisers", "quality"}
 TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_parts", "report_quality", "files", "cli"}
-WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace"}
+WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
-    "main": {"runs", "stages", "workspace", "multilabel_workspace", *TOOLS},
+    "main": {"runs", "stages", *WORKSPACES, *TOOLS},
     "stages": {"base_workspace", *TOOLS},
     "report": {"merged_runs", *TOOLS},
     "merged_runs": {"report_page", "files"},
@@ -36,7 +36,9 @@ MAY_IMPORT = {
     "base_workspace": {"label_texts", *LIBRARY, *TOOLS},
     "label_texts": {"data", "models", "losses", "checkpoint"},
     "workspace": {"base_workspace", "features", *LIBRARY, *TOOLS},
-    "multilabel_workspace": {"base_workspace", *LIBRARY, *TOOLS},
+    "multilabel_workspace": {"base_workspace", "data"},
+    "decoder_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
+    "tag_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
     "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
