@@ -87,7 +87,8 @@ def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Arr
   return jnp.moveaxis(jax.lax.map(head, rows).reshape(b, h, queries, d), 1, 2)
 
 
-def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array) -> tuple[jax.Array, jax.Array]:
+def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
+              bias_bm: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`attention` and the mean over heads of its weights, `(out_blhd, mean_blm)`, one head after another.
 
   On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`).

@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax.models import clip
 from digzsl_jax.models import attention as heads
+from digzsl_jax.models import clip
 from digzsl_jax.models.layers import split_heads
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
