@@ -27,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip
+from digzsl_jax.models.layers import split_heads
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
 
@@ -99,12 +101,14 @@ def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
   x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
   inside_bij = _inside(grids_b2, rows, columns)
   inside_bl = jnp.pad(inside_bij.reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
-  bias_b11m = jnp.where(inside_bl, 0, -jnp.inf)[:, None, None]
+  bias_bl = jnp.where(inside_bl, 0, -jnp.inf)
   for layer in tower.encoder.layers:
-    before_bld = x_bld
-    x_bld, weights_bhlm, values_bld = layer(x_bld, bias_b11m)
-    take(weights_bhlm.mean(1)[:, 1:, 1:], inside_bij)
-  embeds_blp = patch_embeds(model, before_bld, values_bld)
+    before_bld, own = x_bld, layer.self_attn
+    q_blhd, k_blhd, v_blhd = _project(layer, x_bld)
+    attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bl)
+    take(weights_blm[:, 1:, 1:], inside_bij)
+    x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
+  embeds_blp = patch_embeds(model, before_bld, v_blhd.reshape(x_bld.shape))
   return _probabilities(model, embeds_blp, text_kp).reshape(b, rows, columns, -1)
 
 
@@ -306,10 +310,17 @@ def look(model: clip.CLIPModel, images_nijc: jax.Array, masks_nij: jax.Array, bo
                        for start_n, length_n, most in zip(starts, lengths, masks_nij.shape[1:3]))
   masks_nrs = masks_nij[jnp.arange(len(label_n))[:, None, None], row_nr[:, :, None], column_ns[:, None]]
   seen_nm = jnp.pad(masks_nrs.reshape(len(label_n), -1), ((0, 0), (1, 0)), constant_values=True)
-  is_class_l1 = jnp.arange(seen_nm.shape[1])[:, None] == 0
-  bias_n1lm = jnp.where(is_class_l1 & ~seen_nm[:, None, None], OUTSIDE, 0)
-  x_nld, _ = tower.encoder(tower.pre_layrnorm(tower.embeddings(crops_nrsc)), bias_n1lm)
-  embeds_np = model.visual_projection(tower.post_layernorm(x_nld[:, 0]))
+  x_nld = tower.pre_layrnorm(tower.embeddings(crops_nrsc))
+  others = heads.by_heads if jax.default_backend() == "cpu" else heads.whole  # queries of the patches
+  for layer in tower.encoder.layers:
+    q_nlhd, k_nlhd, v_nlhd = _project(layer, x_nld)
+    class_n1hd, _ = heads.attention(q_nlhd[:, :1], k_nlhd, v_nlhd, jnp.where(seen_nm, 0, OUTSIDE)[:, None, None])
+    attended_nlhd = jnp.concatenate([class_n1hd, others(q_nlhd[:, 1:], k_nlhd, v_nlhd)], axis=1)
+    before_nld, own = x_nld, layer.self_attn
+    x_nld = layer.feed_forward(before_nld + own.out_proj(attended_nlhd.reshape(x_nld.shape)))
+  # Of the last layer the class position alone: the compiler drops the others.
+  x_n1d = layer.feed_forward(before_nld[:, :1] + own.out_proj(class_n1hd.reshape(len(x_nld), 1, -1)))
+  embeds_np = model.visual_projection(tower.post_layernorm(x_n1d[:, 0]))
   return _probabilities(model, embeds_np, text_kp)[jnp.arange(len(label_n)), label_n]
 
 
@@ -326,6 +337,12 @@ def tags(scores_bf: jax.Array, threshold: float = 0.5) -> jax.Array:
   above_bf = scores_bf > low_b1 + threshold * (high_b1 - low_b1)
   best_bf = jnp.arange(scores_bf.shape[1]) == scores_bf.argmax(1)[:, None]
   return above_bf | ~above_bf.any(1, keepdims=True) & best_bf
+
+
+def _project(layer: clip.EncoderLayer, x_bld: jax.Array) -> list[jax.Array]:
+  """Queries, keys and values of a layer, `[b, l, h, d]`."""
+  own, x_bld = layer.self_attn, layer.layer_norm1(x_bld)
+  return [split_heads(projection(x_bld), own.heads) for projection in (own.q_proj, own.k_proj, own.v_proj)]
 
 
 def _inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
