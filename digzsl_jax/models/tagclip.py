@@ -66,26 +66,49 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     text_kp: embeddings of labels and background, of length 1.
 
   Returns:
-    `(scores_bijk, attention)`: the second is the mean over heads from patch to patch, `[b, l, m]` of every layer, rows
-    short of 1 by what goes to the class position.
+    `(scores_bijk, attention)`, the second as of `features`.
+
+  Raises:
+    ValueError: sides of `images_bijc` that are no whole patches.
+  """
+  b, height, width, _ = images_bijc.shape
+  hidden_bld, attention = features(model, images_bijc, grids_b2)
+  tower = model.vision_model
+  last, patch = tower.encoder.layers[-1], tower.embeddings.patch_size
+  values_bld = last.self_attn.v_proj(last.layer_norm1(hidden_bld))
+  x_bld = last.feed_forward(hidden_bld + last.self_attn.out_proj(values_bld))
+  embeds_blp = model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
+  return _probabilities(model, embeds_blp, text_kp).reshape(b, height // patch, width // patch, -1), attention
+
+
+def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+  """The vision tower up to its last layer.
+
+  Args:
+    images_bijc: as of `coarse_scores`, as is `grids_b2`.
+
+  Returns:
+    `(hidden_bld, attention)`: what enters the last layer, the class position first, and the mean over heads from patch
+    to patch, `[b, l, m]` of every layer, the last too; rows are short of 1 by what goes to the class position.
 
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
   """
   tower = model.vision_model
-  b, height, width, _ = images_bijc.shape
+  _, height, width, _ = images_bijc.shape
   patch = tower.embeddings.patch_size
   if height % patch or width % patch:
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
   x_bld = tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns))
-  inside_bl = jnp.pad(_inside(grids_b2, rows, columns).reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
-  _, out = tower.encoder(tower.pre_layrnorm(x_bld), jnp.where(inside_bl, 0, -jnp.inf)[:, None, None])
-  last = tower.encoder.layers[-1]
-  x_bld = last.feed_forward(out["hidden"][-2] + last.self_attn.out_proj(out["values"][-1]))
-  embeds_blp = model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
-  scores_bijk = _probabilities(model, embeds_blp, text_kp).reshape(b, rows, columns, -1)
-  return scores_bijk, [weights_bhlm[:, :, 1:, 1:].mean(1) for weights_bhlm in out["attention"]]
+  _, out = tower.encoder(tower.pre_layrnorm(x_bld), bias(grids_b2, rows, columns))
+  return out["hidden"][-2], [weights_bhlm[:, :, 1:, 1:].mean(1) for weights_bhlm in out["attention"]]
+
+
+def bias(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
+  """What keeps attention out of the padding, `[b, 1, 1, m]`, the class position first: 0, or -inf in the padding."""
+  inside_bl = inside(grids_b2, rows, columns).reshape(len(grids_b2), -1)
+  return jnp.where(jnp.pad(inside_bl, ((0, 0), (1, 0)), constant_values=True), 0, -jnp.inf)[:, None, None]
 
 
 def positions(embeddings: clip.VisionEmbeddings, grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -125,7 +148,7 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   if not (0 <= first_layer < len(attention) - 1 and 1 <= votes <= len(attention)):
     raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {len(attention)} layers")
   b, rows, columns, k = scores_bijk.shape
-  inside_bij1 = _inside(grids_b2, rows, columns)[..., None]
+  inside_bij1 = inside(grids_b2, rows, columns)[..., None]
   patches_b11 = grids_b2.prod(1)[:, None, None]
   total = lambda weights_blm: weights_blm.sum((1, 2), keepdims=True, where=inside_bij1.reshape(b, -1, 1))
   # A weight towards the padding is 0, which is never above the mean.
@@ -137,12 +160,12 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
     out_blk = jnp.einsum("blm,bmk->blk", affinity_blm, source_bijk.reshape(b, -1, k), precision="highest")
     return jnp.where(inside_bij1, out_blk.reshape(scores_bijk.shape), 0)
 
-  relative_bijk, level_b11k = _relative(spread(scores_bijk), inside_bij1)
+  relative_bijk, level_b11k = relative(spread(scores_bijk), inside_bij1)
   mean_b11k = relative_bijk.sum((1, 2), keepdims=True) / patches_b11[..., None]
   strong_bijk = jnp.floor(relative_bijk * 255) > mean_b11k * 255  # of bytes, as the released code has it
   boxed_bijk = boxed(strong_bijk)
   if compat:
-    boxed_bijk &= _inside(grids_b2 - 1, rows, columns)[..., None]
+    boxed_bijk &= inside(grids_b2 - 1, rows, columns)[..., None]
   else:
     boxed_bijk |= level_b11k
   return spread(jnp.where(boxed_bijk, scores_bijk, 0))
@@ -189,13 +212,13 @@ def propose(refined_bijk: jax.Array, grids_b2: jax.Array, labels: int, *, thresh
     labels: so many of the classes, the first ones, are no background.
     threshold: published 0.5, for COCO-Stuff 0.1.
   """
-  inside_bij1 = _inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
+  inside_bij1 = inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
   labels_bijf = refined_bijk[..., :labels]
   scores_bf = labels_bijf.max((1, 2), where=inside_bij1, initial=0)
   low_b = refined_bijk.min((1, 2, 3), where=inside_bij1, initial=jnp.inf)
   high_b = refined_bijk.max((1, 2, 3), where=inside_bij1, initial=0)
   candidates_bf = scores_bf > (low_b + threshold * (high_b - low_b))[:, None]
-  relative_bijf, level_b11f = _relative(labels_bijf, inside_bij1)
+  relative_bijf, level_b11f = relative(labels_bijf, inside_bij1)
   masks_bijf = relative_bijf > 0.5
   if not compat:
     masks_bijf |= level_b11f & inside_bij1
@@ -260,17 +283,22 @@ def tags(scores_bf: jax.Array, threshold: float = 0.5) -> jax.Array:
   return above_bf | ~above_bf.any(1, keepdims=True) & best_bf
 
 
-def _inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
+def inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
   """Which patches of the batch are of the picture, `[b, i, j]`."""
   return (jnp.arange(rows)[:, None] < grids_b2[:, :1, None]) & (jnp.arange(columns) < grids_b2[:, 1:, None])
 
 
-def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
-  """Softmax over the classes of the scaled cosine, float32."""
+def logits(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
+  """The scaled cosine of embeddings, `[..., p]`, and classes, `[..., k]`, float32."""
   embeds = embeds.astype(jnp.float32)
   embeds /= jnp.linalg.norm(embeds, axis=-1, keepdims=True)
   cosines = jnp.einsum("...p,kp->...k", embeds, text_kp.astype(jnp.float32), precision="highest")
-  return jax.nn.softmax(jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines, axis=-1)
+  return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines
+
+
+def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
+  """Softmax over the classes."""
+  return jax.nn.softmax(logits(model, embeds, text_kp), axis=-1)
 
 
 def _bilinear(start_n: jax.Array, length_n: jax.Array, inputs: int, outputs_n: jax.Array, most: int) -> jax.Array:
@@ -299,7 +327,7 @@ def _half(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.abs(x) < 2.0**-14, subnormal, jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10))
 
 
-def _relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:
+def relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scores of each class between the lowest and the highest of its picture, 0 to 1, and whether these are equal.
 
   Of a level class, and in the padding, the scores are 0.
