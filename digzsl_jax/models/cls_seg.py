@@ -77,7 +77,8 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
   """How far what is found at patch m holds for patch l, `[b, l, m]`, by the attention between them; symmetric.
 
   The mean over layers, its columns and then its rows scaled to sum to 1 several times (Sinkhorn's way to a doubly
-  stochastic matrix), then the mean with its transpose, squared. 0 in the padding.
+  stochastic matrix), then the mean with its transpose. 0 in the padding. Its square, which the released code forms, is
+  that `refine` applies it twice.
 
   Args:
     attention: of `tagclip.features`, of pictures of `rows` times `columns` patches.
@@ -98,8 +99,7 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
     for axis in (1, 2):
       total = weights_blm.sum(axis, keepdims=True)
       weights_blm /= jnp.where(total == 0, 1, total)
-  weights_blm = (weights_blm + weights_blm.swapaxes(1, 2)) / 2
-  return jnp.einsum("blm,bmn->bln", weights_blm, weights_blm, precision="highest")
+  return (weights_blm + weights_blm.swapaxes(1, 2)) / 2
 
 
 def refine(cams_nij: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, picture_n: jax.Array, *,
@@ -124,5 +124,7 @@ def refine(cams_nij: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, pi
   if compat:
     boxed_nij &= tagclip.inside(grids_n2 - 1, rows, columns)
   source_nm = jnp.where(boxed_nij, cams_nij, 0).reshape(n, -1)
-  spread_nl = jnp.einsum("nlm,nm->nl", affinity_blm[picture_n], source_nm, precision="highest")
-  return tagclip.relative(spread_nl.reshape(inside_nij1.shape), inside_nij1)[0][..., 0]
+  affinity_nlm = affinity_blm[picture_n]
+  for _ in range(2):
+    source_nm = jnp.einsum("nlm,nm->nl", affinity_nlm, source_nm, precision="highest")
+  return tagclip.relative(source_nm.reshape(inside_nij1.shape), inside_nij1)[0][..., 0]
