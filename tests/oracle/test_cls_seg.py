@@ -131,14 +131,17 @@ def patches_of(b):
 
 
 def same_in_half(found_ld, table, rows, columns):
-  """Positions between those of the table; one in the middle of two of half precision may go either way."""
+  """Positions between those of the table; one in the middle of two of half precision may go either way.
+
+  A place of up to 14 in float32 is off by 1e-6, and a value between neighbours by that much of their difference.
+  """
   if (rows, columns) == (14, 14):
     return (found_ld == table[1:].detach().numpy()).all()
   grid = table[1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
   grid = torch.nn.functional.interpolate(grid, (rows, columns), mode="bilinear", align_corners=False)
   wanted_ld = grid.flatten(2)[0].T.detach().numpy()
   halfway = np.spacing(np.abs(wanted_ld).astype(np.float16)).astype(float) / 2
-  return (np.abs(found_ld - wanted_ld) <= halfway * 1.01 + 1e-7).all()
+  return (np.abs(found_ld - wanted_ld) <= halfway * 1.01 + 4e-6).all()
 
 
 @pytest.mark.parametrize("b", range(len(GRIDS)))
