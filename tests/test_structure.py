@@ -16,7 +16,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "segmentation_metrics", "optimisers", "quality"}
-TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_parts", "report_quality", "files", "cli"}
+TOOLS = {"mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality", "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -121,7 +121,7 @@ def test_models_know_no_files(file):
     assert called.split(".")[-1] not in OPENERS, f"{file}:{node.lineno} {called}"
 
 
-@pytest.mark.parametrize("file", in_package("data", "samplers"))
+@pytest.mark.parametrize("file", in_package("data", "mask_files", "samplers"))
 def test_data_and_tables_know_no_jax(file):
   assert not {name.split(".")[0] for name in imports(tree_of(file))} & {"jax", "jaxlib", "flax", "optax"}
 
