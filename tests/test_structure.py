@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "tagger": {"models", "data"},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "world_export", *LIBRARY, *TOOLS},  # but never each other
+    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "world_export", *LIBRARY,
+             *TOOLS},  # but never each other
     "loop": {"models", "checkpoint", "logs"},
     "world_export": {"models", "diffusion", "data", "loop", "checkpoint", "files"},
     "batches": set(),
