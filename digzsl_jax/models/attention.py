@@ -87,6 +87,37 @@ def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Arr
   return jnp.moveaxis(jax.lax.map(head, rows).reshape(b, h, queries, d), 1, 2)
 
 
+def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
+              bias_bm: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """`attention` and the mean over heads of its weights, `(out_blhd, mean_blm)`, one head after another.
+
+  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`).
+
+  Args:
+    bias_bm: added to the logits of every query and head; `-inf` masks.
+  """
+  h, d = q_blhd.shape[2:]
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  def one(sum_lm, qkv, bias_m):
+    q_ld, k_md, v_md = qkv
+    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
+    out_ld = product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+    return sum_lm + weights_lm, out_ld
+
+  def heads(row):
+    *qkv, bias_m = row  # `[h, l, d]` each
+    zeros_lm = jnp.zeros((*qkv[0].shape[1:-1], bias_m.shape[-1]))
+    sum_lm, out_hld = jax.lax.scan(lambda sum_lm, qkv: one(sum_lm, qkv, bias_m), zeros_lm, tuple(qkv))
+    return out_hld, sum_lm / h
+
+  if jax.default_backend() == "cpu":
+    out_bhld, mean_blm = jax.lax.map(heads, (*(jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm))
+    return jnp.moveaxis(out_bhld, 1, 2), mean_blm
+  out_hbld, mean_blm = heads((*(jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm[:, None]))
+  return jnp.moveaxis(out_hbld, 0, 2), mean_blm
+
+
 def flash(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
   """cuDNN's fused kernel (Dao et al., arXiv 2205.14135), in 16 bits."""
   return jax.nn.dot_product_attention(q_blhd, k_bmhd, v_bmhd, implementation="cudnn")

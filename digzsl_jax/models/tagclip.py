@@ -20,13 +20,14 @@ Shapes: b picture, n candidate, i j height and width of a batch in pixels or pat
 (patches row by row), d width, p width of the shared space, c colours, k classes: labels, then background, f the labels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
@@ -66,8 +67,7 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     text_kp: embeddings of labels and background, of length 1.
 
   Returns:
-    `(scores_bijk, attention)`: the second is the mean over heads from patch to patch, `[b, l, m]` of every layer, rows
-    short of 1 by what goes to the class position.
+    `(scores_bijk, attention)`, the second as of `features`.
 
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
@@ -75,6 +75,24 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
   attention = []
   take = lambda weights_blm, _: attention.append(weights_blm)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
+
+
+def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+  """The vision tower up to its last layer.
+
+  Args:
+    images_bijc: as of `coarse_scores`, as is `grids_b2`.
+
+  Returns:
+    `(hidden_bld, attention)`: what enters the last layer, the class position first, and the mean over heads from patch
+    to patch, `[b, l, m]` of every layer, the last too; rows are short of 1 by what goes to the class position.
+
+  Raises:
+    ValueError: sides of `images_bijc` that are no whole patches.
+  """
+  attention = []
+  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, lambda weights_blm, _: attention.append(weights_blm))
+  return hidden_bld, attention
 
 
 def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
@@ -89,23 +107,39 @@ def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2:
 
 
 def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
-  """The scores of `coarse_scores`; `take` is given the attention of one layer after another."""
+  """The scores of `coarse_scores`; `take` as of `each_layer`."""
+  hidden_bld, values_bld = each_layer(model, images_bijc, grids_b2, take)
+  scores_blk = _probabilities(model, patch_embeds(model, hidden_bld, values_bld), text_kp)
+  patch = model.vision_model.embeddings.patch_size
+  rows, columns = (side // patch for side in images_bijc.shape[1:3])
+  return scores_blk.reshape(len(scores_blk), rows, columns, -1)
+
+
+def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array,
+               take: Callable[[jax.Array, jax.Array], None]) -> tuple[jax.Array, jax.Array]:
+  """`features` that gives the attention of one layer after another away.
+
+  Args:
+    take: is called with a layer's `weights_blm` and with the picture's own patches, `inside_bij`.
+
+  Returns:
+    `(hidden_bld, values_bld)`: what enters the last layer, and its values.
+  """
   tower = model.vision_model
-  b, height, width, _ = images_bijc.shape
+  _, height, width, _ = images_bijc.shape
   patch = tower.embeddings.patch_size
   if height % patch or width % patch:
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
   x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
-  inside_bij = _inside(grids_b2, rows, columns)
-  inside_bl = jnp.pad(inside_bij.reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
-  bias_b11m = jnp.where(inside_bl, 0, -jnp.inf)[:, None, None]
+  inside_bij, bias_bm = inside(grids_b2, rows, columns), bias(grids_b2, rows, columns)
   for layer in tower.encoder.layers:
-    before_bld = x_bld
-    x_bld, weights_bhlm, values_bld = layer(x_bld, bias_b11m)
-    take(weights_bhlm.mean(1)[:, 1:, 1:], inside_bij)
-  embeds_blp = patch_embeds(model, before_bld, values_bld)
-  return _probabilities(model, embeds_blp, text_kp).reshape(b, rows, columns, -1)
+    before_bld, own = x_bld, layer.self_attn
+    q_blhd, k_blhd, v_blhd = own.project(layer.layer_norm1(x_bld))
+    attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bm)
+    take(weights_blm[:, 1:, 1:], inside_bij)
+    x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
+  return before_bld, v_blhd.reshape(x_bld.shape)
 
 
 def patch_embeds(model: clip.CLIPModel, before_bld: jax.Array, values_bld: jax.Array) -> jax.Array:
@@ -113,6 +147,12 @@ def patch_embeds(model: clip.CLIPModel, before_bld: jax.Array, values_bld: jax.A
   tower, last = model.vision_model, model.vision_model.encoder.layers[-1]
   x_bld = last.feed_forward(before_bld + last.self_attn.out_proj(values_bld))
   return model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
+
+
+def bias(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
+  """What keeps attention out of the padding, `[b, m]`, the class position first: 0, or -inf in the padding."""
+  inside_bl = inside(grids_b2, rows, columns).reshape(len(grids_b2), -1)
+  return jnp.where(jnp.pad(inside_bl, ((0, 0), (1, 0)), constant_values=True), 0, -jnp.inf)
 
 
 def positions(embeddings: clip.VisionEmbeddings, grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -151,7 +191,7 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   """
   gather = _Affinity(grids_b2, len(attention), first_layer, votes)
   for weights_blm in attention:
-    gather.add(weights_blm, _inside(grids_b2, *scores_bijk.shape[1:3]))
+    gather.add(weights_blm, inside(grids_b2, *scores_bijk.shape[1:3]))
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
 
 
@@ -187,18 +227,18 @@ def check(layers: int, first_layer: int, votes: int) -> None:
 def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, compat: bool = False) -> jax.Array:
   """The second half of `refine`, from the affinity of patches."""
   b, rows, columns, k = scores_bijk.shape
-  inside_bij1 = _inside(grids_b2, rows, columns)[..., None]
+  inside_bij1 = inside(grids_b2, rows, columns)[..., None]
 
   def once(source_bijk):
     out_blk = jnp.einsum("blm,bmk->blk", affinity_blm, source_bijk.reshape(b, -1, k), precision="highest")
     return jnp.where(inside_bij1, out_blk.reshape(scores_bijk.shape), 0)
 
-  relative_bijk, level_b11k = _relative(once(scores_bijk), inside_bij1)
+  relative_bijk, level_b11k = relative(once(scores_bijk), inside_bij1)
   mean_b11k = relative_bijk.sum((1, 2), keepdims=True) / grids_b2.prod(1)[:, None, None, None]
   strong_bijk = jnp.floor(relative_bijk * 255) > mean_b11k * 255  # of bytes, as the released code has it
   boxed_bijk = boxed(strong_bijk)
   if compat:
-    boxed_bijk &= _inside(grids_b2 - 1, rows, columns)[..., None]
+    boxed_bijk &= inside(grids_b2 - 1, rows, columns)[..., None]
   else:
     boxed_bijk |= level_b11k
   return once(jnp.where(boxed_bijk, scores_bijk, 0))
@@ -206,7 +246,7 @@ def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array,
 
 def best_patch(scores_bijk: jax.Array, grids_b2: jax.Array) -> jax.Array:
   """The highest score of each class among the picture's patches, `[b, k]`, none below 0."""
-  return scores_bijk.max((1, 2), where=_inside(grids_b2, *scores_bijk.shape[1:3])[..., None], initial=0)
+  return scores_bijk.max((1, 2), where=inside(grids_b2, *scores_bijk.shape[1:3])[..., None], initial=0)
 
 
 def boxed(mask_bijk: jax.Array) -> jax.Array:
@@ -250,13 +290,13 @@ def propose(refined_bijk: jax.Array, grids_b2: jax.Array, labels: int, *, thresh
     labels: so many of the classes, the first ones, are no background.
     threshold: published 0.5, for COCO-Stuff 0.1.
   """
-  inside_bij1 = _inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
+  inside_bij1 = inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
   labels_bijf = refined_bijk[..., :labels]
   scores_bf = best_patch(labels_bijf, grids_b2)
   low_b = refined_bijk.min((1, 2, 3), where=inside_bij1, initial=jnp.inf)
   high_b = refined_bijk.max((1, 2, 3), where=inside_bij1, initial=0)
   candidates_bf = scores_bf > (low_b + threshold * (high_b - low_b))[:, None]
-  relative_bijf, level_b11f = _relative(labels_bijf, inside_bij1)
+  relative_bijf, level_b11f = relative(labels_bijf, inside_bij1)
   masks_bijf = relative_bijf > 0.5
   if not compat:
     masks_bijf |= level_b11f & inside_bij1
@@ -306,10 +346,17 @@ def look(model: clip.CLIPModel, images_nijc: jax.Array, masks_nij: jax.Array, bo
                        for start_n, length_n, most in zip(starts, lengths, masks_nij.shape[1:3]))
   masks_nrs = masks_nij[jnp.arange(len(label_n))[:, None, None], row_nr[:, :, None], column_ns[:, None]]
   seen_nm = jnp.pad(masks_nrs.reshape(len(label_n), -1), ((0, 0), (1, 0)), constant_values=True)
-  is_class_l1 = jnp.arange(seen_nm.shape[1])[:, None] == 0
-  bias_n1lm = jnp.where(is_class_l1 & ~seen_nm[:, None, None], OUTSIDE, 0)
-  x_nld, _ = tower.encoder(tower.pre_layrnorm(tower.embeddings(crops_nrsc)), bias_n1lm)
-  embeds_np = model.visual_projection(tower.post_layernorm(x_nld[:, 0]))
+  x_nld = tower.pre_layrnorm(tower.embeddings(crops_nrsc))
+  others = heads.by_heads if jax.default_backend() == "cpu" else heads.whole  # queries of the patches
+  for layer in tower.encoder.layers:
+    q_nlhd, k_nlhd, v_nlhd = layer.self_attn.project(layer.layer_norm1(x_nld))
+    class_n1hd, _ = heads.attention(q_nlhd[:, :1], k_nlhd, v_nlhd, jnp.where(seen_nm, 0, OUTSIDE)[:, None, None])
+    attended_nlhd = jnp.concatenate([class_n1hd, others(q_nlhd[:, 1:], k_nlhd, v_nlhd)], axis=1)
+    before_nld, own = x_nld, layer.self_attn
+    x_nld = layer.feed_forward(before_nld + own.out_proj(attended_nlhd.reshape(x_nld.shape)))
+  # Of the last layer the class position alone: the compiler drops the others.
+  x_n1d = layer.feed_forward(before_nld[:, :1] + own.out_proj(class_n1hd.reshape(len(x_nld), 1, -1)))
+  embeds_np = model.visual_projection(tower.post_layernorm(x_n1d[:, 0]))
   return _probabilities(model, embeds_np, text_kp)[jnp.arange(len(label_n)), label_n]
 
 
@@ -328,17 +375,22 @@ def tags(scores_bf: jax.Array, threshold: float = 0.5) -> jax.Array:
   return above_bf | ~above_bf.any(1, keepdims=True) & best_bf
 
 
-def _inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
+def inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
   """Which patches of the batch are of the picture, `[b, i, j]`."""
   return (jnp.arange(rows)[:, None] < grids_b2[:, :1, None]) & (jnp.arange(columns) < grids_b2[:, 1:, None])
 
 
-def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
-  """Softmax over the classes of the scaled cosine, float32."""
+def logits(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
+  """The scaled cosine of embeddings, `[..., p]`, and classes, `[..., k]`, float32."""
   embeds = embeds.astype(jnp.float32)
   embeds /= jnp.linalg.norm(embeds, axis=-1, keepdims=True)
   cosines = jnp.einsum("...p,kp->...k", embeds, text_kp.astype(jnp.float32), precision="highest")
-  return jax.nn.softmax(jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines, axis=-1)
+  return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines
+
+
+def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
+  """Softmax over the classes."""
+  return jax.nn.softmax(logits(model, embeds, text_kp), axis=-1)
 
 
 def _bilinear(start_n: jax.Array, length_n: jax.Array, inputs: int, outputs_n: jax.Array, most: int) -> jax.Array:
@@ -367,7 +419,7 @@ def _half(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.abs(x) < 2.0**-14, subnormal, jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10))
 
 
-def _relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:
+def relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scores of each class between the lowest and the highest of its picture, 0 to 1, and whether these are equal.
 
   Of a level class, and in the padding, the scores are 0.
