@@ -10,6 +10,8 @@ Shapes: b picture of a batch, f label.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -27,6 +29,7 @@ from digzsl_jax.contact_sheet import counted
 from digzsl_jax.data import label_lists, native, pictures, prompts
 from digzsl_jax.data.tokenizer import Tokenizer
 from digzsl_jax.models import cdm, clip, download, hub, layers, tagclip
+from digzsl_jax.tag_records import Records
 from digzsl_jax.tagger import Rules, Tagger
 
 DEFAULT = "openai/clip-vit-base-patch16"  # that of the paper
@@ -135,48 +138,66 @@ def find_model(name: str) -> pathlib.Path:
   return path
 
 
-class Work(NamedTuple):
-  """What is to be computed, and with what.
+@dataclasses.dataclass
+class Work:
+  """What is computed with; the model is loaded when there is something to do.
 
   Attributes:
     path: of the model.
-    key: its fingerprint.
   """
 
+  args: argparse.Namespace
   choice: Choice
   path: pathlib.Path
-  key: str
   words: Tokenizer
-  args: argparse.Namespace
+  log: logs.Log
+
+  @functools.cached_property
+  def key(self) -> str:
+    """Fingerprint of the model."""
+    return checkpoint.fingerprint_files(self.path, download.files(self.path, download.CLIP))
+
+  @functools.cached_property
+  def model(self) -> clip.CLIPModel:
+    self.log.say(f"loading {self.args.model}")
+    return hub.load(clip.CLIPModel, self.path, dtype=self.args.dtype)
+
+  @property
+  def layers(self) -> int:
+    return len(self.model.vision_model.encoder.layers)
+
+  @property
+  def preprocess(self) -> cdm.Preprocess:
+    return cdm.Preprocess.from_folder(self.path, self.model.vision_model.image_size)
+
+  def texts(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+    """Embeddings `[k, p]` of labels and background."""
+    cache = pathlib.Path(self.args.cache).expanduser() if self.args.cache else None
+    return label_texts.of_labels(self.model, self.words, names, templates, key=self.key, cache=cache,
+                                 progress=lambda count: self.log.progress(count, "texts"))
+
+  def read(self, paths: Sequence[pathlib.Path]) -> tuple[Readable, list[native.Bucket]]:
+    """Pictures, and the shapes that they are padded to."""
+    read = Readable(paths, self.model.vision_model.embeddings.patch_size)
+    return read, native.plan(read.grids_n2, min(SHAPES, 1 + len(paths) // PER_SHAPE), LARGEST)
 
 
-def tagger(work: Work, count: int, log: logs.Log) -> Tagger:
-  """The engine for `count` pictures: few of them go in small batches."""
-  log.say(f"loading {work.args.model}")
-  model = hub.load(clip.CLIPModel, work.path, dtype=work.args.dtype)
-  cache = pathlib.Path(work.args.cache) if work.args.cache else None
-  text_kp = label_texts.of_labels(model, work.words, [*work.choice.labels, *work.choice.background],
-                                  work.choice.templates, key=work.key, cache=cache,
-                                  progress=lambda texts: log.progress(texts, "texts"))
-  tower = model.vision_model
-  rules = Rules.for_layers(len(tower.encoder.layers), work.args.threshold, work.args.compat)
-  batch = min(PICTURES, -(-count // jax.local_device_count()))
-  return Tagger(model, cdm.Preprocess.from_folder(work.path, tower.image_size), text_kp, len(work.choice.labels), rules,
-                pictures=batch, crops=CROPS // PICTURES * batch)
-
-
-def compute(work: Work, todo: Sequence[pathlib.Path], records: tag_records.Records, log: logs.Log) -> dict[str, str]:
+def compute(work: Work, todo: Sequence[pathlib.Path], records: Records) -> dict[str, str]:
   """Adds a record of every picture that can be read; returns what is wrong with the others."""
   states = [tag_records.state(path) for path in todo]
-  engine = tagger(work, len(todo), log)
-  read = Readable(todo, engine.patch)
-  buckets = native.plan(read.grids_n2, min(SHAPES, 1 + len(todo) // PER_SHAPE), LARGEST)
-  log.say(f"tagging in {counted(len(buckets), 'padded shape')}, each compiled first, on "
-          f"{logs.devices(jax.local_devices())}")
-  with log.progress(len(todo), "pictures") as bar:
+  choice, threshold = work.choice, work.args.threshold
+  text_kp = work.texts((*choice.labels, *choice.background), choice.templates)
+  rules = Rules.for_layers(work.layers, threshold, work.args.compat)
+  batch = min(PICTURES, -(-len(todo) // jax.local_device_count()))  # few pictures go in small batches
+  engine = Tagger(work.model, work.preprocess, text_kp, len(choice.labels), rules, pictures=batch,
+                  crops=CROPS // PICTURES * batch)
+  read, buckets = work.read(todo)
+  work.log.say(f"tagging in {counted(len(buckets), 'padded shape')}, each compiled first, on "
+               f"{logs.devices(jax.local_devices())}")
+  with work.log.progress(len(todo), "pictures") as bar:
     for scored in engine.stream(read, buckets):
-      said_bf = np.asarray(tagclip.tags(scored.scores_bf, work.args.threshold))
-      records.add(record(todo[row], states[row], work.choice.labels, *results)
+      said_bf = np.asarray(tagclip.tags(scored.scores_bf, threshold))
+      records.add(record(todo[row], states[row], choice.labels, *results)
                   for row, *results in zip(scored.rows_b.tolist(), scored.scores_bf, said_bf)
                   if str(todo[row]) not in read.wrong)
       bar.update(len(scored.rows_b))
@@ -212,23 +233,29 @@ def as_json(found: Sequence[Mapping], everything: bool) -> str:
   return json.dumps([{field: each[field] for field in fields} for each in found], indent=2)
 
 
+def prepare(args: argparse.Namespace, log: logs.Log) -> Work:
+  """Everything that is read before a model is loaded; raises ValueError for what cannot work."""
+  check(0 <= args.threshold < 1, "--threshold", args.threshold, "at least 0 and below 1")
+  choice, path = choose(args), find_model(args.model)
+  words = Tokenizer.from_folder(path)
+  label_texts.check((*choice.labels, *choice.background), choice.templates, words)
+  return Work(args, choice, path, words, log)
+
+
 def run(args: argparse.Namespace) -> int:
   """Tags what the command line asks for; returns the exit status, 1 if a picture could not be read."""
   log, out = logs.Log(None), pathlib.Path(args.out).expanduser()
-  check(0 <= args.threshold < 1, "--threshold", args.threshold, "at least 0 and below 1")
-  paths, choice = list(dict.fromkeys(pictures.find(args.pictures))), choose(args)
-  path = find_model(args.model)
-  words = Tokenizer.from_folder(path)
-  label_texts.check([*choice.labels, *choice.background], choice.templates, words)
-  key = checkpoint.fingerprint_files(path, download.files(path, download.CLIP))
-  records = tag_records.Records(out, choice._asdict() | {
-      "model": {"name": args.model, "files": key}, "dtype": args.dtype, "threshold": args.threshold,
-      "compat": args.compat})
+  paths = list(dict.fromkeys(pictures.find(args.pictures)))
+  work = prepare(args, log)
+  choice = work.choice
+  settings = choice._asdict() | {"model": {"name": args.model, "files": work.key}, "dtype": args.dtype,
+                                 "threshold": args.threshold, "compat": args.compat}
+  records = Records(out, settings, stem="tags", flag="--out")
   todo = records.begin(paths)
   log.say(f"{counted(len(paths), 'picture')}, {len(paths) - len(todo):,} of them done before; "
           f"{counted(len(choice.labels), 'label')}, {counted(len(choice.background), 'name')} of background, "
           f"{counted(len(choice.templates), 'prompt')} of each")
-  wrong = compute(Work(choice, path, key, words, args), todo, records, log) if todo else {}
+  wrong = compute(work, todo, records) if todo else {}
   found = [records.done[str(path)] for path in paths if str(path) in records.done]
   wrong = {str(path): wrong[str(path)] for path in paths if str(path) in wrong}
   sheet = contact_sheet.write(
@@ -271,7 +298,7 @@ def parser() -> argparse.ArgumentParser:
   add("--compat", action="store_true", help="as the released code of the paper where that looks like an oversight")
   add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation; default float32")
   add("--out", default="tags", help="folder for results; default tags")
-  add("--cache", default=os.path.expanduser(label_texts.CACHE), help="folder that keeps embeddings of labels for other "
+  add("--cache", default=label_texts.CACHE, help="folder that keeps embeddings of labels for other "
       f'calls, "" for none; default {label_texts.CACHE}')
   add("--all", action="store_true", help="print the scores of all labels")
   add("--json", action="store_true", help='print [{"file", "tags": [{"label", "score"}, ...]}, ...]')

@@ -1,22 +1,18 @@
-"""What `digzsl_jax.tag` keeps in its folder, so that the same command goes on where it was.
+"""What `digzsl_jax.tag` keeps in its folders, so that the same command goes on where it was.
 
-`tags.jsonl` has a line for each finished picture, which is added as soon as it is:
-
-  {"file", "bytes", "modified", "tags": [{"label", "score"}, ...], "scores": {label: score}}
-
-`bytes` and `modified` (nanoseconds) tell a picture from what stood under its name later. `tags_settings.json` says what
-scores depend on beside the picture.
+`<stem>.jsonl` has a line for each finished picture, which is added as soon as it is: an object with `file`, `bytes`,
+`modified` and results. `bytes` and `modified` (nanoseconds) tell a picture from what stands under its name later.
+`<stem>_settings.json` says what results depend on beside the picture.
 """
 
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from digzsl_jax import files
 
-RECORDS, SETTINGS = "tags.jsonl", "tags_settings.json"
 SHOWN = 60  # characters of a setting in a message
 
 
@@ -27,27 +23,36 @@ class Records:
     done: by file, with those of pictures that are of no concern now.
   """
 
-  def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any]):
+  def __init__(self, folder: pathlib.Path, settings: Mapping[str, Any], *, stem: str, flag: str):
     """Takes the folder for these settings.
 
     Args:
       settings: JSON-like. Of `{"name": ..., "files": ...}` the files alone count.
+      stem: of the names of both files.
+      flag: what names another folder.
 
     Raises:
       ValueError: it holds records that were made with other settings; the message says which.
       OSError: it cannot be written.
     """
-    self.path = folder / RECORDS
+    self.path, stored = folder / f"{stem}.jsonl", folder / f"{stem}_settings.json"
     settings = json.loads(json.dumps(settings))
-    _check(folder, settings)
+    if self.path.exists():
+      _check(self.path, files.read_json(stored) if stored.exists() else {}, settings, flag)
     lines = _lines(self.path)
     self.done = {record["file"]: record for record in map(_record, lines) if record}
     self.untidy = len(self.done) < len(lines) or bool(lines) and not lines[-1].endswith("\n")
-    files.write_json(folder / SETTINGS, settings)
+    files.write_json(stored, settings)
 
-  def begin(self, paths: Sequence[pathlib.Path]) -> list[pathlib.Path]:
-    """Those of `paths` that are not done, or have changed since; `tags.jsonl` then has no line of these."""
-    todo = [path for path in paths if not self._holds(path)]
+  @staticmethod
+  def any_in(folder: pathlib.Path, stem: str) -> bool:
+    """Whether a folder was taken before."""
+    return (folder / f"{stem}_settings.json").exists()
+
+  def begin(self, paths: Sequence[pathlib.Path],
+            good: Callable[[Mapping[str, Any]], bool] = lambda record: True) -> list[pathlib.Path]:
+    """Those of `paths` that are not done, have changed since, or whose record is not `good`; such records go."""
+    todo = [path for path in paths if not (self._holds(path) and good(self.done[str(path)]))]
     changed = [self.done.pop(str(path)) for path in todo if str(path) in self.done]
     if changed or self.untidy or not self.path.exists():
       files.write_text(self.path, "".join(map(_line, self.done.values())))
@@ -97,21 +102,18 @@ def _record(line: str) -> dict[str, Any] | None:
   """None for what is no whole record, as what a killed run wrote last."""
   try:
     record = json.loads(line)
-    return record if {"file", "bytes", "modified", "tags", "scores"} <= record.keys() else None
+    return record if {"file", "bytes", "modified"} <= record.keys() else None
   except (ValueError, AttributeError):
     return None
 
 
-def _check(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
-  """Raises ValueError if the folder's records were made with other settings."""
-  if not (folder / RECORDS).exists():
-    return
-  stored = files.read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+def _check(path: pathlib.Path, stored: Mapping[str, Any], settings: Mapping[str, Any], flag: str) -> None:
+  """Raises ValueError if the records of a file were made with other settings."""
   if changed := [_difference(name, stored.get(name), settings.get(name))
                  for name in sorted(stored.keys() | settings.keys())
                  if _compared(stored.get(name)) != _compared(settings.get(name))]:
-    raise ValueError(f"{folder / RECORDS} was made with other settings ({'; '.join(changed)}): choose another --out, "
-                     "or delete that file to start anew")
+    raise ValueError(f"{path} was made with other settings ({'; '.join(changed)}): choose another {flag}, or delete "
+                     "that file to start anew")
 
 
 def _compared(value: Any) -> Any:

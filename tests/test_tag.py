@@ -185,8 +185,8 @@ def test_damaged_pictures_are_named_and_the_others_done(ask, zoo, tmp_path):
 def computed(monkeypatch):
   """Names of the pictures of each call that computes."""
   calls, compute = [], tag.compute
-  monkeypatch.setattr(tag, "compute", lambda work, todo, *others: calls.append(
-      [path.name for path in todo]) or compute(work, todo, *others))
+  monkeypatch.setattr(tag, "compute", lambda work, todo, records: calls.append(
+      [path.name for path in todo]) or compute(work, todo, records))
   return calls
 
 
