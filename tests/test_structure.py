@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "merged_runs": {"report_page", "files"},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
-    "tagger": {"models", "data"},
+    "tagger": {"native_batches", "models", "data"},
+    "segmenter": {"native_batches", "models", "data"},
+    "native_batches": {"models", "data"},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
     "runs": {*WORKSPACES, "loop", "batches", "world_export", *LIBRARY, *TOOLS},  # but never each other

@@ -96,9 +96,7 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
   Raises:
     ValueError: layers that the model has not.
   """
-  if not 0 <= first_layer <= last_layer < len(attention):
-    raise ValueError(f"first_layer {first_layer} and last_layer {last_layer} do not fit a model of {len(attention)} "
-                     "layers: 0 <= first_layer <= last_layer < layers")
+  check(len(attention), first_layer, last_layer)
   averaged = attention[first_layer:last_layer + 1]
   inside_bl1 = tagclip.inside(grids_b2, rows, columns).reshape(len(grids_b2), -1, 1)
   inside_blm = inside_bl1 & inside_bl1.swapaxes(1, 2)
@@ -108,6 +106,13 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
       total = weights_blm.sum(axis, keepdims=True)
       weights_blm /= jnp.where(total == 0, 1, total)
   return (weights_blm + weights_blm.swapaxes(1, 2)) / 2
+
+
+def check(layers: int, first_layer: int, last_layer: int) -> None:
+  """Raises ValueError if a model of so many layers has none of these for `affinity`."""
+  if not 0 <= first_layer <= last_layer < layers:
+    raise ValueError(f"first_layer {first_layer} and last_layer {last_layer} do not fit a model of {layers} layers: "
+                     "0 <= first_layer <= last_layer < layers")
 
 
 def refine(cams_bij: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, threshold: float,
