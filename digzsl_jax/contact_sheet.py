@@ -23,6 +23,7 @@ PER_PAGE = 300  # pictures: some megabytes
 LONGEST = 320  # pixels of a thumbnail
 TINY = 96  # pixels; a picture no longer than this is kept as it is and shown in whole pixels
 TAGS, NEXT = 8, 2  # that are shown of a picture: tags, and labels that come next
+TAG, OTHER = "learned", "other"  # their CSS classes
 COUNTED = 40  # labels in the chart of the first page
 STYLE = """
 body { max-width: 1500px; }
@@ -41,6 +42,7 @@ body { max-width: 1500px; }
   display: grid; grid-template-columns: 1fr auto; gap: 0 .6em; font-size: .86rem; line-height: 1.4; color: var(--ink);
 }
 .score span { overflow-wrap: anywhere; }
+.score u { text-decoration: none; outline: 1px solid var(--soft); }
 .score b { font-weight: 400; font-variant-numeric: tabular-nums; }
 .score i { grid-column: 1 / -1; height: 4px; border-radius: 2px; background: var(--line); margin-bottom: .2rem; }
 .score i::before {
@@ -53,6 +55,20 @@ body { max-width: 1500px; }
 """
 
 
+class Overlay(NamedTuple):
+  """A picture under its masks.
+
+  Attributes:
+    path: where it is.
+    height: what is below that is a legend, which a card has no need of.
+    colours: of all labels, as CSS has them.
+  """
+
+  path: pathlib.Path
+  height: int
+  colours: Mapping[str, str]
+
+
 class Shown(NamedTuple):
   """A picture of the sheet.
 
@@ -60,13 +76,13 @@ class Shown(NamedTuple):
     file: its name, as it was given.
     tags: which labels it has.
     scores: of all labels.
-    overlay: a picture to show in its place, with its masks.
+    overlay: to show in its place.
   """
 
   file: str
   tags: Sequence[str]
   scores: Mapping[str, float]
-  overlay: pathlib.Path | None = None
+  overlay: Overlay | None = None
 
 
 def write(folder: pathlib.Path, shown: Sequence[Shown], wrong: Mapping[str, str], facts: Iterable[tuple[str, object]],
@@ -133,7 +149,8 @@ def _links(names: Sequence[str], here: int) -> Html | None:
 
 def _card(each: Shown, folder: pathlib.Path, full: float) -> Html:
   """`full` is the score of a whole bar."""
-  bar = lambda label, kind: _score(label, each.scores[label], full, kind)
+  colours = each.overlay.colours if each.overlay else {}
+  bar = lambda label, kind: _score(label, each.scores[label], full, kind, colours.get(label) if kind != OTHER else None)
   ranked = sorted(each.tags, key=lambda label: -each.scores[label])
   others = sorted(each.scores.keys() - set(ranked), key=lambda label: (-each.scores[label], label))[:NEXT]
   more = len(ranked) - TAGS
@@ -141,19 +158,24 @@ def _card(each: Shown, folder: pathlib.Path, full: float) -> Html:
   # The name may be long, and its end matters: it is set from right to left, with a mark that keeps its own order.
   name = tag("p", Html("&lrm;"), each.file, Html("&lrm;"), class_="name soft", title=each.file)
   return tag("figure", tag("a", _thumbnail(each), href=href), tag(
-      "figcaption", name, *(bar(label, "learned") for label in ranked[:TAGS]),
+      "figcaption", name, *(bar(label, TAG) for label in ranked[:TAGS]),
       tag("p", f"and {more} more", class_="soft", title=", ".join(ranked[TAGS:])) if more > 0 else None,
-      *(bar(label, "other") for label in others)), class_="card")
+      *(bar(label, OTHER) for label in others)), class_="card")
 
 
-def _score(label: str, score: float, full: float, kind: str) -> Html:
-  return tag("div", tag("span", label), tag("b", f"{score:.2f}"), tag("i", style=f"--w: {100 * score / full:.1f}%"),
-             class_=f"score {kind}")
+def _score(label: str, score: float, full: float, kind: str, colour: str | None) -> Html:
+  """A label with its bar, and with the colour of its mask if it has one."""
+  key = colour and tag("u", class_="key", style=f"--c: {colour}")
+  bar = tag("i", style=f"--w: {100 * score / full:.1f}%")
+  return tag("div", tag("span", key, label), tag("b", f"{score:.2f}"), bar, class_=f"score {kind}")
 
 
 def _thumbnail(each: Shown) -> Html:
   try:
-    image_hwc = np.asarray(pictures.read_rgb(pathlib.Path(each.overlay or each.file), LONGEST))
+    if each.overlay:
+      image_hwc = np.asarray(pictures.read_rgb(each.overlay.path))[:each.overlay.height]
+    else:
+      image_hwc = np.asarray(pictures.read_rgb(pathlib.Path(each.file), LONGEST))
   except ValueError:  # it was tagged by an earlier run, and has gone since
     return tag("span", "cannot be read now", class_="soft")
   tiny = max(image_hwc.shape) <= TINY

@@ -23,12 +23,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from digzsl_jax import checkpoint, cli, contact_sheet, label_texts, logs, tag_records
+from digzsl_jax import checkpoint, cli, contact_sheet, label_texts, logs, mask_folder, tag_records
 from digzsl_jax.base_workspace import EMBEDDED, check, locate
 from digzsl_jax.contact_sheet import counted
 from digzsl_jax.data import label_lists, native, pictures, prompts
 from digzsl_jax.data.tokenizer import Tokenizer
 from digzsl_jax.models import cdm, clip, download, hub, layers, tagclip
+from digzsl_jax.segmenter import Segmenter
 from digzsl_jax.tag_records import Records
 from digzsl_jax.tagger import Rules, Tagger
 
@@ -37,7 +38,7 @@ ALIASES = {"scenes": f"{EMBEDDED}scenes_tags/clip"}
 BACKGROUND = "coco"  # whose list competes with labels in a person's own words
 SHAPES, PER_SHAPE = 8, 32  # most padded shapes; one more pays off, in time of compiling, with so many pictures
 LARGEST = native.MOST_PATCHES * 3 // 2  # of a padded shape: what attention needs grows with the square
-PICTURES, CROPS = 4, 16  # that a device takes at a time
+PICTURES, CROPS, MASKED = 4, 16, 2  # that a device takes at a time
 DIGITS = 6  # of a score in files and JSON
 
 
@@ -204,6 +205,31 @@ def compute(work: Work, todo: Sequence[pathlib.Path], records: Records) -> dict[
   return read.wrong
 
 
+def mask_texts(work: Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """`(names, templates)` of labels and background for masks: published ones where those of the tags are."""
+  args, choice = work.args, work.choice
+  own = args.background is not None or args.labels not in label_lists.CLS_SEG
+  names = mask_folder.names(args.labels, choice.labels, choice.background if own else None)
+  published = choice.templates == prompts.TEMPLATES["tagclip85"]
+  return names, prompts.TEMPLATES["origami"] if published else choice.templates
+
+
+def mask(work: Work, masks: mask_folder.Masks, found: Sequence[Mapping]) -> None:
+  """Makes the masks of pictures with tags that are not there."""
+  tags = {each["file"]: {entry["label"] for entry in each["tags"]} for each in found}
+  if not (todo := masks.begin([pathlib.Path(file) for file in tags])):
+    return
+  labels = work.choice.labels
+  rules = mask_folder.rules(work.args.labels, work.layers, work.args.compat)
+  batch = min(MASKED, -(-len(todo) // jax.local_device_count()))
+  engine = Segmenter(work.model, work.preprocess, work.texts(*mask_texts(work)), len(labels), rules, pictures=batch)
+  read, buckets = work.read(todo)
+  tags_nf = np.array([[label in tags[str(path)] for label in labels] for path in todo])
+  work.log.say(f"masks of {counted(len(todo), 'picture')}")
+  with work.log.progress(len(todo), "masks") as bar:
+    masks.write(engine.stream(read, buckets, tags_nf), read, todo, bar.update)
+
+
 def record(path: pathlib.Path, state: Sequence[int], labels: Sequence[str], scores_f: np.ndarray,
            said_f: np.ndarray) -> dict:
   """As `tags.jsonl` has it; tags by score, of equals the first label first."""
@@ -228,9 +254,9 @@ def table(found: Sequence[Mapping], everything: bool) -> str:
 
 
 def as_json(found: Sequence[Mapping], everything: bool) -> str:
-  """For programs: `[{"file", "tags", "scores" if everything}, ...]`."""
-  fields = ("file", "tags", "scores") if everything else ("file", "tags")
-  return json.dumps([{field: each[field] for field in fields} for each in found], indent=2)
+  """For programs: `[{"file", "tags", "mask" if there is one, "scores" if everything}, ...]`."""
+  fields = ("file", "tags", "mask", *(["scores"] if everything else []))
+  return json.dumps([{field: each[field] for field in fields if field in each} for each in found], indent=2)
 
 
 def prepare(args: argparse.Namespace, log: logs.Log) -> Work:
@@ -239,7 +265,11 @@ def prepare(args: argparse.Namespace, log: logs.Log) -> Work:
   choice, path = choose(args), find_model(args.model)
   words = Tokenizer.from_folder(path)
   label_texts.check((*choice.labels, *choice.background), choice.templates, words)
-  return Work(args, choice, path, words, log)
+  work = Work(args, choice, path, words, log)
+  check(bool(args.masks) or not args.crf, "--crf", args.crf, "given with --masks alone")
+  if args.masks:
+    label_texts.check(*mask_texts(work), words)
+  return work
 
 
 def run(args: argparse.Namespace) -> int:
@@ -251,16 +281,26 @@ def run(args: argparse.Namespace) -> int:
   settings = choice._asdict() | {"model": {"name": args.model, "files": work.key}, "dtype": args.dtype,
                                  "threshold": args.threshold, "compat": args.compat}
   records = Records(out, settings, stem="tags", flag="--out")
+  masks = args.masks and mask_folder.Masks(
+      pathlib.Path(args.masks).expanduser(),
+      settings | dict(zip(("mask_names", "mask_templates"), mask_texts(work)), crf=args.crf), paths, choice.labels,
+      args.labels not in mask_folder.COVERED, args.crf)
   todo = records.begin(paths)
   log.say(f"{counted(len(paths), 'picture')}, {len(paths) - len(todo):,} of them done before; "
           f"{counted(len(choice.labels), 'label')}, {counted(len(choice.background), 'name')} of background, "
           f"{counted(len(choice.templates), 'prompt')} of each")
   wrong = compute(work, todo, records) if todo else {}
   found = [records.done[str(path)] for path in paths if str(path) in records.done]
+  if masks:
+    mask(work, masks, found)
+    wrong |= masks.wrong
+    found = [each | {"mask": str(masks.mask(masks.stem[each["file"]]))} if masks.shown(each["file"]) else each
+             for each in found]
   wrong = {str(path): wrong[str(path)] for path in paths if str(path) in wrong}
   sheet = contact_sheet.write(
-      out, [contact_sheet.Shown(each["file"], [entry["label"] for entry in each["tags"]], each["scores"])
-            for each in found], wrong, facts(args, choice), lambda count: log.progress(count, "contact sheet"))
+      out, [contact_sheet.Shown(each["file"], [entry["label"] for entry in each["tags"]], each["scores"],
+                                masks and masks.shown(each["file"]) or None) for each in found],
+      wrong, facts(args, choice), lambda count: log.progress(count, "contact sheet"))
   log.say(f"{counted(len(found), 'picture')} with tags in {records.path}; to look at: {sheet}")
   if found or args.json:
     print((as_json if args.json else table)(found, args.all))
@@ -298,6 +338,9 @@ def parser() -> argparse.ArgumentParser:
   add("--compat", action="store_true", help="as the released code of the paper where that looks like an oversight")
   add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation; default float32")
   add("--out", default="tags", help="folder for results; default tags")
+  add("--masks", metavar="DIR", help="also write masks there: of every picture <name>.png, its numbers those of "
+      "labels.txt, and <name>.overlay.png")
+  add("--crf", action="store_true", help="refine masks by a CRF; needs pip install 'digzsl_jax[crf]'")
   add("--cache", default=label_texts.CACHE, help="folder that keeps embeddings of labels for other "
       f'calls, "" for none; default {label_texts.CACHE}')
   add("--all", action="store_true", help="print the scores of all labels")

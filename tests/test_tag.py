@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from digzsl_jax import checkpoint, contact_sheet, files, label_texts, logs, tag, tag_records
+from digzsl_jax import checkpoint, files, label_texts, logs, tag, tag_records
 from digzsl_jax.data import label_lists, native, prompts, tokenizer
-from digzsl_jax.models import clip, hub
-from digzsl_jax.tagger import Rules
+from digzsl_jax.models import cdm, clip, hub
+from digzsl_jax.tagger import Rules, Tagger
 from tests.conftest import random_model
 
 LABELS = ("big dog", "cat", "small bicycle")
@@ -61,6 +61,7 @@ def ask(model, cache, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(tag.jax, "local_device_count", lambda: 2)
   monkeypatch.setattr(tag, "PICTURES", 1)
   monkeypatch.setattr(tag, "CROPS", 2)
+  monkeypatch.setattr(tag, "MASKED", 1)
 
   def answer(*arguments):
     usual = {"--model": model, "--labels": ",".join(LABELS), "--background": ",".join(BACKGROUND),
@@ -90,18 +91,25 @@ def refused(ask):
   return answer
 
 
-def one_by_one(model, paths):
-  """Scores by the engine of one picture at a time, with texts of one prompt each."""
+def engine(kind, model, rules, **how):
+  """The engine `kind` with texts of one prompt each."""
   weights, words = hub.load(clip.CLIPModel, model), tokenizer.Tokenizer.from_folder(model)
   texts = [TEMPLATE.format(name=name) for name in (*LABELS, *BACKGROUND)]
   text_kp = label_texts.encode(weights, words, texts, lambda count: logs.Log(None).progress(count, "texts"))
-  engine = tag.Tagger(weights, tag.cdm.Preprocess(8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), text_kp, len(LABELS),
-                      Rules(0, 1, 0.5), pictures=1, crops=2, devices=tag.jax.devices()[:2])
-  read = native.NativePictures(paths[0].parent.parent, [
-      native.pictures.File(str(path.absolute()), b"") for path in paths], 4)
+  return kind(weights, cdm.Preprocess(8, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), text_kp, len(LABELS), rules, pictures=1,
+              devices=tag.jax.devices()[:2], **how)
+
+
+def opened(paths):
+  return native.NativePictures(paths[0].parent, [native.pictures.File(str(path), b"") for path in paths], 4)
+
+
+def one_by_one(model, paths):
+  """Scores by the engine of one picture at a time."""
+  read, tagger = opened(paths), engine(Tagger, model, Rules(0, 1, 0.5), crops=2)
   [bucket] = native.plan(read.grids_n2, 1)
   alone = [native.Bucket(*bucket[:2], np.array([row])) for row in range(len(paths))]
-  scored = {int(each.rows_b[0]): each.scores_bf[0] for each in engine.stream(read, alone)}
+  scored = {int(each.rows_b[0]): each.scores_bf[0] for each in tagger.stream(read, alone)}
   return np.stack([scored[row] for row in range(len(paths))])
 
 
@@ -305,48 +313,6 @@ def test_labels_and_their_background():
   assert own.background == tuple(name for name in coco.background if name != "sky")
   assert choice(labels="plain gold ring", model="scenes") == (("plain gold ring",), (), (TEMPLATE,))
   assert choice(labels="scenes").labels == label_lists.LISTS["scenes"].names
-
-
-def shown(folder, count):
-  folder.mkdir(exist_ok=True)
-  for i in range(count):
-    spots(40, 200, i).save(folder / f"{i} & 'one'.jpg")
-  return [contact_sheet.Shown(f"{folder}/{i} & 'one'.jpg", ("<dog>",), {"<dog>": 0.5, "cat": i / count})
-          for i in range(count)]
-
-
-def sheet(folder, pictures, wrong=()):
-  return contact_sheet.write(folder, pictures, dict(wrong), [("model", "tiny")],
-                             lambda count: logs.Log(None).progress(count, "contact sheet"))
-
-
-def test_contact_sheet_in_pages(tmp_path, monkeypatch):
-  monkeypatch.setattr(contact_sheet, "PER_PAGE", 2)
-  pictures = shown(tmp_path / "in", 5)
-  assert sheet(tmp_path / "out", pictures) == tmp_path / "out" / "contact_sheet.html"
-  names = ["contact_sheet.html", "contact_sheet_2.html", "contact_sheet_3.html"]
-  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-  for number, name in enumerate(names):
-    page = (tmp_path / "out" / name).read_text("ascii")
-    assert page.count("<img") == (2, 2, 1)[number] == page.count("src=") == page.count("src=\"data:image/jpeg;base64,")
-    assert not re.search(r"https?:|@import|url\(|<script|<link", page)
-    assert "&lt;dog&gt;" in page and "<dog>" not in page
-    hrefs = re.findall(r'href="([^"]*)"', page)
-    assert set(names) - set(hrefs) == {name}
-    assert [href for href in hrefs if "in/" in href] == [f"../in/{i}%20%26%20%27one%27.jpg" for i in range(
-        2 * number, min(2 * number + 2, 5))]
-  first = (tmp_path / "out" / names[0]).read_text()
-  assert "Tags of 5 pictures" in first and "How often: 1 label<" in first
-  (tmp_path / "in" / "1 & 'one'.jpg").unlink()
-  sheet(tmp_path / "out", pictures[:2])
-  page = (tmp_path / "out" / names[0]).read_text()
-  assert [path.name for path in (tmp_path / "out").iterdir()] == names[:1]
-  assert page.count("<img") == 1 and "cannot be read now" in page and "--w: 100.0%" in page
-
-
-def test_a_sheet_of_nothing_says_what_is_wrong(tmp_path):
-  page = sheet(tmp_path, [], {"a<b.png": "a<b.png cannot be read"}).read_text()
-  assert "Tags of 0 pictures" in page and "1 picture could not be read" in page and "a&lt;b.png cannot" in page
 
 
 def test_rules_for_other_depths():
