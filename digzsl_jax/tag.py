@@ -214,6 +214,18 @@ def mask_texts(work: Work) -> tuple[tuple[str, ...], tuple[str, ...]]:
   return names, prompts.TEMPLATES["origami"] if published else choice.templates
 
 
+def masks_folder(work: Work, settings: Mapping, paths: Sequence[pathlib.Path]) -> mask_folder.Masks:
+  """Takes the folder for masks; raises ValueError where it is of no use."""
+  args, folder = work.args, pathlib.Path(work.args.masks).expanduser()
+  for given in map(pathlib.Path, args.pictures):
+    if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
+      raise ValueError(f"--masks: {folder} is in {given}, where masks would be taken for pictures the next time: choose "
+                       "a folder outside")
+  told = dict(zip(("mask_names", "mask_templates"), mask_texts(work)))
+  return mask_folder.Masks(folder, {**settings, **told, "crf": args.crf}, paths, work.choice.labels,
+                           args.labels not in mask_folder.COVERED, args.crf)
+
+
 def mask(work: Work, masks: mask_folder.Masks, found: Sequence[Mapping]) -> None:
   """Makes the masks of pictures with tags that are not there."""
   tags = {each["file"]: {entry["label"] for entry in each["tags"]} for each in found}
@@ -281,10 +293,7 @@ def run(args: argparse.Namespace) -> int:
   settings = choice._asdict() | {"model": {"name": args.model, "files": work.key}, "dtype": args.dtype,
                                  "threshold": args.threshold, "compat": args.compat}
   records = Records(out, settings, stem="tags", flag="--out")
-  masks = args.masks and mask_folder.Masks(
-      pathlib.Path(args.masks).expanduser(),
-      settings | dict(zip(("mask_names", "mask_templates"), mask_texts(work)), crf=args.crf), paths, choice.labels,
-      args.labels not in mask_folder.COVERED, args.crf)
+  masks = args.masks and masks_folder(work, settings, paths)
   todo = records.begin(paths)
   log.say(f"{counted(len(paths), 'picture')}, {len(paths) - len(todo):,} of them done before; "
           f"{counted(len(choice.labels), 'label')}, {counted(len(choice.background), 'name')} of background, "
