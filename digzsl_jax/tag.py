@@ -219,7 +219,7 @@ def masks_folder(work: Work, settings: Mapping, paths: Sequence[pathlib.Path]) -
   args, folder = work.args, pathlib.Path(work.args.masks).expanduser()
   for given in map(pathlib.Path, args.pictures):
     if given.is_dir() and folder.resolve().is_relative_to(given.resolve()):
-      raise ValueError(f"--masks: {folder} is in {given}, where masks would be taken for pictures the next time: choose "
+      raise ValueError(f"--masks: {folder} is in {given}, where masks would be taken for pictures later: choose "
                        "a folder outside")
   told = dict(zip(("mask_names", "mask_templates"), mask_texts(work)))
   return mask_folder.Masks(folder, {**settings, **told, "crf": args.crf}, paths, work.choice.labels,

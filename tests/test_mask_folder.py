@@ -74,7 +74,7 @@ def test_large_pictures_keep_their_size(ask, zoo, tmp_path, monkeypatch):
 def test_what_stands_in_the_way_of_masks(ask, refused, zoo, tmp_path, monkeypatch):
   assert f"{zoo}/a.png is there, and is no mask of this command: choose another --masks" in refused(
       zoo / "a.png", f"--masks={zoo}")
-  assert f"--masks: {zoo}/deep/m is in {zoo}, where masks would be taken for pictures" in refused(
+  assert f"--masks: {zoo}/deep/m is in {zoo}, where masks would be taken for pictures later" in refused(
       zoo, f"--masks={zoo}/deep/m")
   (tmp_path / "others").mkdir()
   (tmp_path / "others" / "b.png").write_bytes(b"")
