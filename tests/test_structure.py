@@ -17,10 +17,10 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "segmentation_metrics", "optimisers", "quality"}
 TOOLS = {"mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality", "files", "cli"}
-WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace"}
+WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
-    "main": {"runs", "stages", "workspace", "multilabel_workspace", *TOOLS},
+    "main": {"runs", "stages", *WORKSPACES, *TOOLS},
     "stages": {"base_workspace", *TOOLS},
     "report": {"merged_runs", *TOOLS},
     "merged_runs": {"report_page", "files"},
@@ -31,14 +31,17 @@ MAY_IMPORT = {
     "native_batches": {"models", "data"},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {*WORKSPACES, "loop", "batches", "world_export", *LIBRARY, *TOOLS},  # but never each other
+    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "world_export", *LIBRARY,
+             *TOOLS},  # but never each other
     "loop": {"models", "checkpoint", "logs"},
     "world_export": {"models", "diffusion", "data", "loop", "checkpoint", "files"},
     "batches": set(),
     "base_workspace": {"label_texts", *LIBRARY, *TOOLS},
     "label_texts": {"data", "models", "losses", "checkpoint"},
     "workspace": {"base_workspace", "features", *LIBRARY, *TOOLS},
-    "multilabel_workspace": {"base_workspace", *LIBRARY, *TOOLS},
+    "multilabel_workspace": {"base_workspace", "data"},
+    "decoder_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
+    "tag_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
     "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
