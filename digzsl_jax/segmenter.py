@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax import native_batches as batches
+from digzsl_jax import native_batches
 from digzsl_jax.data.native import Bucket, Native
 from digzsl_jax.models import cls_seg, tagclip
 from digzsl_jax.models.cdm import Preprocess
@@ -81,7 +81,7 @@ class Segmenter:
     cls_seg.check(len(model.vision_model.encoder.layers), rules.first_layer, rules.last_layer)
     if pictures < 1 or pairs < 1:
       raise ValueError(f"pictures {pictures} of a batch and pairs {pairs} of a picture must be at least 1")
-    self.static, self.weights = batches.prepare(model, preprocess, text_kp, labels, rules, devices)
+    self.static, self.weights = native_batches.prepare(model, preprocess, text_kp, labels, rules, devices)
     self.patch, self.pairs = model.vision_model.embeddings.patch_size, pairs
     self.pictures = pictures * self.static.mesh.size
 
@@ -112,7 +112,7 @@ class Segmenter:
   def _parts(self, pictures: Native, buckets: Sequence[Bucket], tags_nf: np.ndarray) -> Iterator[Cams]:
     jobs = (job for bucket in buckets for job in self._jobs(bucket, tags_nf))
     started = None
-    with contextlib.closing(batches.read_ahead(pictures, jobs)) as reading:
+    with contextlib.closing(native_batches.read_ahead(pictures, jobs)) as reading:
       for job, images in reading:
         # The next call is started before the maps of this one are waited for.
         started, before = (job, *self._start(job, images, tags_nf[job.rows_b])), started
@@ -130,14 +130,14 @@ class Segmenter:
 
   def _start(self, job: _Job, images: Sequence[np.ndarray], tags_bf: np.ndarray) -> tuple[np.ndarray, jax.Array]:
     """Starts the call: `(grids_b2, maps)`."""
-    images_bijc, grids_b2 = batches.padded(images, self.pictures, job.bucket, self.patch)
+    images_bijc, grids_b2 = native_batches.padded(images, self.pictures, job.bucket, self.patch)
     labels_bs = np.zeros((self.pictures, self.pairs), np.int32)
     for labels_s, labels_m in zip(labels_bs, job.labels_b):
       labels_s[:len(labels_m)] = labels_m
     counts_b = np.zeros(self.pictures, np.int32)
     counts_b[:len(job.labels_b)] = [len(labels_m) for labels_m in job.labels_b]
     tags_bf = np.pad(tags_bf, ((0, self.pictures - len(tags_bf)), (0, 0)))
-    arrays = batches.place(self.static, [images_bijc, grids_b2, tags_bf, labels_bs, counts_b])
+    arrays = native_batches.place(self.static, [images_bijc, grids_b2, tags_bf, labels_bs, counts_b])
     return grids_b2, _maps(self.static, self.weights, *arrays)
 
 
@@ -152,16 +152,16 @@ def _fetched(started: tuple[_Job, np.ndarray, tuple[jax.Array, jax.Array]] | Non
 
 
 @functools.partial(jax.jit, static_argnums=0)  # outside of `Segmenter`, so that a second one compiles nothing
-def _maps(static: batches.Static, weights, images_bijc: jax.Array, grids_b2: jax.Array, tags_bf: jax.Array,
+def _maps(static: native_batches.Static, weights, images_bijc: jax.Array, grids_b2: jax.Array, tags_bf: jax.Array,
           labels_bs: jax.Array, counts_b: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Spread and raw maps `[b, s, i, j]` of `labels_bs`, of which each picture has `counts_b`."""
   rules = static.rules
 
   def body(weights, images_bijc, grids_b2, tags_bf, labels_bs, counts_b):
-    model, text_kp = batches.merged(static, weights)
+    model, text_kp = native_batches.merged(static, weights)
     patch = model.vision_model.embeddings.patch_size
     rows, columns = (side // patch for side in images_bijc.shape[1:3])
-    hidden_bld, attention = tagclip.features(model, batches.normalised(static, images_bijc), grids_b2)
+    hidden_bld, attention = tagclip.features(model, native_batches.normalised(static, images_bijc), grids_b2)
     affinity_blm = cls_seg.affinity(attention, grids_b2, rows, columns, first_layer=rules.first_layer,
                                     last_layer=rules.last_layer)
     allowed_bk = jnp.pad(tags_bf, ((0, 0), (0, len(text_kp) - static.labels)), constant_values=True)
@@ -175,4 +175,4 @@ def _maps(static: batches.Static, weights, images_bijc: jax.Array, grids_b2: jax
     empty_bsij = jnp.zeros((*labels_bs.shape, rows, columns))
     return jax.lax.fori_loop(0, counts_b.max(), one, (empty_bsij, empty_bsij))
 
-  return batches.divided(static, body)(weights, images_bijc, grids_b2, tags_bf, labels_bs, counts_b)
+  return native_batches.divided(static, body)(weights, images_bijc, grids_b2, tags_bf, labels_bs, counts_b)
