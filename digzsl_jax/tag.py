@@ -38,7 +38,8 @@ ALIASES = {"scenes": f"{EMBEDDED}scenes_tags/clip"}
 BACKGROUND = "coco"  # whose list competes with labels in a person's own words
 SHAPES, PER_SHAPE = 8, 32  # most padded shapes; one more pays off, in time of compiling, with so many pictures
 LARGEST = native.MOST_PATCHES * 3 // 2  # of a padded shape: what attention needs grows with the square
-PICTURES, CROPS, MASKED = 4, 16, 2  # that a device takes at a time
+BATCH = 32  # pictures that a device takes at a time, if they are small
+CROPS = 4  # for each of them
 DIGITS = 6  # of a score in files and JSON
 
 
@@ -183,16 +184,23 @@ class Work:
     return read, native.plan(read.grids_n2, min(SHAPES, 1 + len(paths) // PER_SHAPE), LARGEST)
 
 
+def batch(buckets: Sequence[native.Bucket]) -> int:
+  """Pictures that a device takes at a time: few if they are few or large, on a CPU one as large as may be."""
+  patches = native.MOST_PATCHES * (1 if jax.default_backend() == "cpu" else 8)
+  largest = max(bucket.rows * bucket.columns for bucket in buckets)
+  needed = -(-max(len(bucket.members) for bucket in buckets) // jax.local_device_count())
+  return max(1, min(BATCH, patches // largest, needed))
+
+
 def compute(work: Work, todo: Sequence[pathlib.Path], records: Records) -> dict[str, str]:
   """Adds a record of every picture that can be read; returns what is wrong with the others."""
   states = [tag_records.state(path) for path in todo]
   choice, threshold = work.choice, work.args.threshold
   text_kp = work.texts((*choice.labels, *choice.background), choice.templates)
   rules = Rules.for_layers(work.layers, threshold, work.args.compat)
-  batch = min(PICTURES, -(-len(todo) // jax.local_device_count()))  # few pictures go in small batches
-  engine = Tagger(work.model, work.preprocess, text_kp, len(choice.labels), rules, pictures=batch,
-                  crops=CROPS // PICTURES * batch)
   read, buckets = work.read(todo)
+  size = batch(buckets)
+  engine = Tagger(work.model, work.preprocess, text_kp, len(choice.labels), rules, pictures=size, crops=CROPS * size)
   work.log.say(f"tagging in {counted(len(buckets), 'padded shape')}, each compiled first, on "
                f"{logs.devices(jax.local_devices())}")
   with work.log.progress(len(todo), "pictures") as bar:
@@ -233,9 +241,9 @@ def mask(work: Work, masks: mask_folder.Masks, found: Sequence[Mapping]) -> None
     return
   labels = work.choice.labels
   rules = mask_folder.rules(work.args.labels, work.layers, work.args.compat)
-  batch = min(MASKED, -(-len(todo) // jax.local_device_count()))
-  engine = Segmenter(work.model, work.preprocess, work.texts(*mask_texts(work)), len(labels), rules, pictures=batch)
   read, buckets = work.read(todo)
+  engine = Segmenter(work.model, work.preprocess, work.texts(*mask_texts(work)), len(labels), rules,
+                     pictures=batch(buckets))
   tags_nf = np.array([[label in tags[str(path)] for label in labels] for path in todo])
   work.log.say(f"masks of {counted(len(todo), 'picture')}")
   with work.log.progress(len(todo), "masks") as bar:

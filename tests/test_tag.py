@@ -59,9 +59,7 @@ def ask(model, cache, tmp_path, capsys, monkeypatch):
   """`ask(arguments...)`: exit status, what is printed, and the lines on stderr but for stages and bars."""
   monkeypatch.setattr(tag.jax, "local_devices", lambda: tag.jax.devices()[:2])
   monkeypatch.setattr(tag.jax, "local_device_count", lambda: 2)
-  monkeypatch.setattr(tag, "PICTURES", 1)
-  monkeypatch.setattr(tag, "CROPS", 2)
-  monkeypatch.setattr(tag, "MASKED", 1)
+  monkeypatch.setattr(tag, "BATCH", 1)
 
   def answer(*arguments):
     usual = {"--model": model, "--labels": ",".join(LABELS), "--background": ",".join(BACKGROUND),
@@ -106,7 +104,7 @@ def opened(paths):
 
 def one_by_one(model, paths):
   """Scores by the engine of one picture at a time."""
-  read, tagger = opened(paths), engine(Tagger, model, Rules(0, 1, 0.5), crops=2)
+  read, tagger = opened(paths), engine(Tagger, model, Rules(0, 1, 0.5), crops=4)
   [bucket] = native.plan(read.grids_n2, 1)
   alone = [native.Bucket(*bucket[:2], np.array([row])) for row in range(len(paths))]
   scored = {int(each.rows_b[0]): each.scores_bf[0] for each in tagger.stream(read, alone)}
@@ -315,15 +313,10 @@ def test_labels_and_their_background():
   assert choice(labels="scenes").labels == label_lists.LISTS["scenes"].names
 
 
-def test_rules_for_other_depths():
-  assert [Rules.for_layers(layers)[:2] for layers in (12, 24, 4, 3, 2)] == [(8, 4), (16, 8), (2, 1), (1, 1), (0, 1)]
-  assert Rules.for_layers(12) == Rules() and Rules.for_layers(12, 0.1, True) == Rules(8, 4, 0.1, True)
-
-
-def test_shapes_are_not_joined_beyond_a_size():
-  grids_n2 = np.array([(40, 40), (30, 40), (40, 30), (1, 800), (2, 750), (800, 1)])
-  found = native.plan(grids_n2, 1, largest=1600)
-  assert [(each.rows, each.columns, each.members.tolist()) for each in found] == [
-      (800, 1, [5]), (2, 800, [3, 4]), (40, 40, [0, 1, 2])]
-  assert len(native.plan(grids_n2, 1)) == 1
-  assert [each.members.tolist() for each in native.plan(grids_n2[:3], 1, largest=100)] == [[0, 1, 2]]
+def test_batches_by_size(monkeypatch):
+  monkeypatch.setattr(tag.jax, "local_device_count", lambda: 2)
+  size = lambda *shapes: tag.batch([native.Bucket(rows, columns, np.arange(n)) for rows, columns, n in shapes])
+  assert size((40, 40, 100)) == size((40, 60, 100)) == 1 and size((8, 8, 100)) == 25 and size((4, 4, 100)) == 32
+  assert size((8, 8, 5), (4, 4, 3)) == 3 and size((8, 8, 100), (20, 20, 1)) == 4
+  monkeypatch.setattr(tag.jax, "default_backend", lambda: "gpu")
+  assert size((40, 40, 100)) == 8 and size((40, 40, 1)) == 1
