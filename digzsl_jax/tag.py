@@ -35,6 +35,7 @@ from digzsl_jax.tagger import Rules, Tagger
 
 DEFAULT = "openai/clip-vit-base-patch16"  # that of the paper
 ALIASES = {"scenes": f"{EMBEDDED}scenes_tags/clip"}
+STUFF = "coco_stuff"  # the list whose published rules differ: a lower threshold, and attention of all layers
 BACKGROUND = "coco"  # whose list competes with labels in a person's own words
 SHAPES, PER_SHAPE = 8, 32  # most padded shapes; one more pays off, in time of compiling, with so many pictures
 LARGEST = native.MOST_PATCHES * 3 // 2  # of a padded shape: what attention needs grows with the square
@@ -198,6 +199,8 @@ def compute(work: Work, todo: Sequence[pathlib.Path], records: Records) -> dict[
   choice, threshold = work.choice, work.args.threshold
   text_kp = work.texts((*choice.labels, *choice.background), choice.templates)
   rules = Rules.for_layers(work.layers, threshold, work.args.compat)
+  if work.args.labels == STUFF:
+    rules = rules._replace(first_layer=0)
   read, buckets = work.read(todo)
   size = batch(buckets)
   engine = Tagger(work.model, work.preprocess, text_kp, len(choice.labels), rules, pictures=size, crops=CROPS * size)
@@ -281,6 +284,8 @@ def as_json(found: Sequence[Mapping], everything: bool) -> str:
 
 def prepare(args: argparse.Namespace, log: logs.Log) -> Work:
   """Everything that is read before a model is loaded; raises ValueError for what cannot work."""
+  if args.threshold is None:
+    args.threshold = 0.1 if args.labels == STUFF else 0.5
   check(0 <= args.threshold < 1, "--threshold", args.threshold, "at least 0 and below 1")
   choice, path = choose(args), find_model(args.model)
   words = Tokenizer.from_folder(path)
@@ -299,7 +304,7 @@ def run(args: argparse.Namespace) -> int:
   work = prepare(args, log)
   choice = work.choice
   settings = choice._asdict() | {"model": {"name": args.model, "files": work.key}, "dtype": args.dtype,
-                                 "threshold": args.threshold, "compat": args.compat}
+                                 "threshold": args.threshold, "compat": args.compat, "all_layers": args.labels == STUFF}
   records = Records(out, settings, stem="tags", flag="--out")
   masks = args.masks and masks_folder(work, settings, paths)
   todo = records.begin(paths)
@@ -350,8 +355,8 @@ def parser() -> argparse.ArgumentParser:
       f"one that knows nothing but rendered scenes; default {DEFAULT}")
   add("--template", help='prompt with {name}, or one of the sets ' + ", ".join(prompts.TEMPLATES) + "; default "
       'tagclip85')
-  add("--threshold", type=float, default=0.5, help="a tag's place between lowest and highest score; default 0.5, "
-      "published for COCO-Stuff 0.1")
+  add("--threshold", type=float, help="a tag's least place between lowest and highest score; default 0.5, and 0.1 with "
+      f"--labels {STUFF}, as published")
   add("--compat", action="store_true", help="as the released code of the paper where that looks like an oversight")
   add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation; default float32")
   add("--out", default="tags", help="folder for results; default tags")
@@ -361,7 +366,8 @@ def parser() -> argparse.ArgumentParser:
   add("--cache", default=label_texts.CACHE, help="folder that keeps embeddings of labels for other "
       f'calls, "" for none; default {label_texts.CACHE}')
   add("--all", action="store_true", help="print the scores of all labels")
-  add("--json", action="store_true", help='print [{"file", "tags": [{"label", "score"}, ...]}, ...]')
+  add("--json", action="store_true", help='print [{"file", "tags": [{"label", "score"}, ...]}, ...], with "mask" and '
+      '"scores" where --masks and --all are given')
   return new
 
 

@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from digzsl_jax import checkpoint, files, label_texts, logs, tag, tag_records
@@ -311,6 +312,23 @@ def test_labels_and_their_background():
   assert own.background == tuple(name for name in coco.background if name != "sky")
   assert choice(labels="plain gold ring", model="scenes") == (("plain gold ring",), (), (TEMPLATE,))
   assert choice(labels="scenes").labels == label_lists.LISTS["scenes"].names
+
+
+def test_published_rules_of_coco_stuff(ask, zoo, tmp_path, monkeypatch):
+  made = []
+  monkeypatch.setattr(tag, "Tagger", lambda *arguments, **how: made.append(arguments[4]) or Tagger(*arguments, **how))
+  monkeypatch.setattr(Rules, "for_layers", lambda layers, threshold, compat: Rules(layers - 2, 1, threshold, compat))
+  monkeypatch.setitem(label_lists.LISTS, "coco_stuff", label_lists.LabelList(LABELS, ()))
+  monkeypatch.setattr(tag.hub, "load", lambda kind, path, load=hub.load, **how: deeper(load(kind, path, **how)))
+  assert ask(zoo / "a.png")[0] == ask(zoo / "a.png", "--labels=coco_stuff", f"--out={tmp_path}/stuff")[0] == 0
+  assert made == [Rules(1, 1, 0.5, False), Rules(0, 1, 0.1, False)]
+
+
+def deeper(model):
+  """With a third layer, as the first of the two."""
+  layers = model.vision_model.encoder.layers
+  model.vision_model.encoder.layers = nnx.List([layers[0], *layers])
+  return model
 
 
 def test_batches_by_size(monkeypatch):
