@@ -25,7 +25,7 @@ from digzsl_jax.tag_records import Records, state
 
 WAITING = 32  # pictures whose files may wait to be written
 MOST_PIXELS = 2**22  # of maps, which know no more than patches; masks of larger pictures are enlarged
-OVERLAY = 320, 1280  # its longest side, least (by whole pixels) and most
+OVERLAY = 1280  # most pixels of its longer side
 TWELVE = {"voc": MaskRules(4, 10, 0.4)}  # published for a model of 12 layers
 OTHERS = MaskRules(4, 11, 0.7)  # for COCO and COCO-Stuff
 COVERED = ("coco_stuff",)  # lists that have a label for every pixel
@@ -157,16 +157,13 @@ class Masks:
     if self.crf:
       maps_khw = mask_files.refine_crf(maps_khw, np.asarray(small))
     labels_hw = mask_files.label_map(maps_khw, cams.labels_m)
-    least, most = OVERLAY
-    if (times := least // max(image.size)) > 1:
-      picture = image.resize([times * side for side in image.size], Image.Resampling.NEAREST)
-    else:
-      picture = image.copy()
-      picture.thumbnail((most, most))
-    images.write_png(self.overlay(stem), mask_files.overlay(
-        np.asarray(picture), _nearest(labels_hw, picture.size), self.labels, self.palette_vc))
+    picture = image.copy()
+    picture.thumbnail((OVERLAY, OVERLAY))
+    overlay_hwc = mask_files.overlay(np.asarray(picture), _nearest(labels_hw, picture.size), self.labels,
+                                     self.palette_vc)
+    images.write_png(self.overlay(stem), overlay_hwc)
     mask_files.write_palette_png(self.mask(stem), _nearest(labels_hw, image.size), self.palette_vc)
-    return picture.height
+    return picture.height * (overlay_hwc.shape[1] // picture.width)  # a small picture is enlarged there
 
 
 def _nearest(labels_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -34,7 +34,7 @@ def test_masks(ask, zoo, tmp_path, monkeypatch):
     picture, overlay = Image.open(each["file"]), Image.open(folder / f"{stem}.overlay.png")
     assert each["mask"] == f"{folder}/{stem}.png" and values_hw.shape == picture.size[::-1]
     assert set(np.unique(values_hw)) <= {0, *(LABELS.index(entry["label"]) + 1 for entry in each["tags"])}
-    times = 320 // max(picture.size)
+    times = 256 // max(picture.size)
     assert overlay.width == times * picture.width and overlay.height >= times * picture.height
   assert sum(len(np.unique(values_hw)) > 1 for values_hw in shown) > 3
   with monkeypatch.context() as patch:
@@ -65,10 +65,23 @@ def test_masks_are_those_of_the_engine(ask, zoo, model, tmp_path):
 def test_large_pictures_keep_their_size(ask, zoo, tmp_path, monkeypatch):
   expected = values(json.loads(ask(zoo / "c.png", f"--masks={tmp_path / 'whole'}", "--json")[1])[0]["mask"])
   monkeypatch.setattr(mask_folder, "MOST_PIXELS", 16 * 28 // 4)
-  monkeypatch.setattr(mask_folder, "OVERLAY", (1, 10))
+  monkeypatch.setattr(mask_folder, "OVERLAY", 10)
+  monkeypatch.setattr(mask_files, "READABLE", 1)
   found = values(json.loads(ask(zoo / "c.png", f"--masks={tmp_path / 'masks'}", "--json")[1])[0]["mask"])
   assert found.shape == expected.shape == (16, 28) and (found == expected).mean() > 0.7
   assert (found[::2] == found[1::2]).all() and Image.open(tmp_path / "masks" / "c.overlay.png").width == 10
+
+
+def test_masks_are_refined_on_request(ask, zoo, tmp_path, monkeypatch):
+  asked = []
+
+  def nothing(maps_khw, image_hwc):
+    asked.append((maps_khw.shape[1:], image_hwc.shape))
+    return np.stack([np.ones_like(maps_khw[0]), *np.zeros_like(maps_khw[1:])])
+
+  monkeypatch.setattr(mask_files, "refine_crf", nothing)
+  [each] = json.loads(ask(zoo / "a.png", f"--masks={tmp_path}/masks", "--crf", "--json")[1])
+  assert not values(each["mask"]).any() and asked[1:] == [((16, 28), (16, 28, 3))]  # the first asks whether it is there
 
 
 def test_what_stands_in_the_way_of_masks(ask, refused, zoo, tmp_path, monkeypatch):
