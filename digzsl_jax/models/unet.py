@@ -196,13 +196,16 @@ class DownBlock(Block):
     self.downsamplers = nnx.List([] if last else [
       layers.Downsample2D(widths[-1][1], 1, dtype=dtype, rngs=rngs)])
 
-  def __call__(self, x_bijd: jax.Array, time_bd: jax.Array, text_bld: jax.Array) -> list[jax.Array]:
-    """Returns the output of every layer; the last is the block's own."""
-    outs = []
-    for n in range(len(self.resnets)):
-      x_bijd = self.layer(n, time_bd, text_bld, x_bijd)
-      outs.append(x_bijd)
-    return outs + [down(x_bijd) for down in self.downsamplers]
+  @property
+  def steps(self) -> int:
+    """Layers, and the downsampler where there is one."""
+    return len(self.resnets) + len(self.downsamplers)
+
+  def step(self, n: int, x_bijd: jax.Array, time_bd: jax.Array, text_bld: jax.Array) -> jax.Array:
+    """Layer `n`, or after the last layer the downsampler; its output is a skip."""
+    if n == len(self.resnets):
+      return self.downsamplers[0](x_bijd)
+    return self.layer(n, time_bd, text_bld, x_bijd)
 
 
 class MidBlock(Block):
@@ -221,12 +224,16 @@ class UpBlock(Block):
     super().__init__(widths, heads, config, dtype=dtype, remat=remat, rngs=rngs)
     self.upsamplers = nnx.List([] if last else [layers.Upsample2D(widths[-1][1], dtype=dtype, rngs=rngs)])
 
-  def __call__(self, x_bijd: jax.Array, skips: list[jax.Array], time_bd: jax.Array,
-               text_bld: jax.Array) -> jax.Array:
-    """Takes its skips off the end of the list."""
-    for n in range(len(self.resnets)):
-      x_bijd = self.layer(n, time_bd, text_bld, x_bijd, skips.pop())
-    for up in self.upsamplers:
+  @property
+  def steps(self) -> int:
+    """Layers."""
+    return len(self.resnets)
+
+  def step(self, n: int, x_bijd: jax.Array, skips: list[jax.Array], time_bd: jax.Array,
+           text_bld: jax.Array) -> jax.Array:
+    """Layer `n`, which takes its skip off the end of the list, and the upsampler after the last layer."""
+    x_bijd = self.layer(n, time_bd, text_bld, x_bijd, skips.pop())
+    for up in self.upsamplers if n + 1 == self.steps else ():
       x_bijd = up(x_bijd, skips[-1].shape[1:3])
     return x_bijd
 
@@ -290,19 +297,52 @@ class UNet2DConditionModel(nnx.Module):
     Returns:
       `eps_bhwz` in the dtype of the computation.
     """
+    return self.predict(latents_bhwz, timesteps_b, text_bld)[0]
+
+  @property
+  def branches(self) -> int:
+    """How many skips lead from the way down to the way up, the shallowest being branch 0."""
+    return 1 + sum(block.steps for block in self.down_blocks)
+
+  def predict(self, latents_bhwz: jax.Array, timesteps_b: jax.Array, text_bld: jax.Array,
+              deep_bijd: jax.Array | None = None, branch: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Predicts the noise, with all of the network or with deep features of another call (DeepCache, arXiv 2312.00858).
+
+    Args:
+      latents_bhwz: as in a call; so are `timesteps_b` and `text_bld`.
+      deep_bijd: features of another call with this branch, for the same rows; then only its shallow part is evaluated:
+        what the skips 0 to `branch` come from and the layers that they lead to. None evaluates all.
+      branch: the deepest skip of the shallow part, static.
+
+    Returns:
+      `(eps_bhwz, deep_bijd)`; the features are what the layer behind the skip `branch` takes beside it.
+
+    Raises:
+      ValueError: the text is of another width, or there is no such branch.
+    """
     if text_bld.shape[-1] != self.config.cross_attention_dim:
       raise ValueError(f"text_bld is {text_bld.shape[-1]} wide but the UNet's cross_attention_dim is "
                        f"{self.config.cross_attention_dim}: the text encoder is another model's")
+    if not 0 <= branch < self.branches:
+      raise ValueError(f"branch is {branch}; this UNet has the branches 0 to {self.branches - 1}")
     timesteps_b = jnp.broadcast_to(timesteps_b, latents_bhwz.shape[:1])
-    time_bd = self.time_embedding(timestep_waves(timesteps_b, self.config))
-    x_bijd = self.conv_in(latents_bhwz)
-    skips = [x_bijd]
-    for block in self.down_blocks:
-      skips += block(skips[-1], time_bd, text_bld)
-    x_bijd = self.mid_block(skips[-1], time_bd, text_bld)
-    for block in self.up_blocks:
-      x_bijd = block(x_bijd, skips, time_bd, text_bld)
-    return self.conv_out(jax.nn.silu(self.conv_norm_out(x_bijd)))
+    given = self.time_embedding(timestep_waves(timesteps_b, self.config)), text_bld
+    downs, ups = ([(block, n) for block in blocks for n in range(block.steps)]
+                  for blocks in (self.down_blocks, self.up_blocks))
+    kept = branch + 1
+    skips = [self.conv_in(latents_bhwz)]
+    for block, n in downs[:branch]:
+      skips.append(block.step(n, skips[-1], *given))
+    if deep_bijd is None:
+      for block, n in downs[branch:]:
+        skips.append(block.step(n, skips[-1], *given))
+      deep_bijd = self.mid_block(skips[-1], *given)
+      for block, n in ups[:-kept]:
+        deep_bijd = block.step(n, deep_bijd, skips, *given)
+    x_bijd = deep_bijd
+    for block, n in ups[-kept:]:
+      x_bijd = block.step(n, x_bijd, skips, *given)
+    return self.conv_out(jax.nn.silu(self.conv_norm_out(x_bijd))), deep_bijd
 
 
 def timestep_waves(timesteps_b: jax.Array, config: UNetConfig) -> jax.Array:
