@@ -6,12 +6,13 @@ Shapes: n image, b image of a batch.
 import collections
 import concurrent.futures
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+T = TypeVar("T")
 AHEAD = 2  # batches that are made while one is used
 
 
@@ -24,6 +25,16 @@ def rows(n: int, batch: int, seed: int, step: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)
 def _shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
   return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def behind(results: Iterable[T]) -> Iterator[T]:
+  """Each result once the next one has been asked for, which a device then works on while this one is read."""
+  waiting = collections.deque()
+  for result in results:
+    waiting.append(result)
+    if len(waiting) > 1:
+      yield waiting.popleft()
+  yield from waiting
 
 
 def ahead(make: Callable[[int], Any], steps: range) -> Iterator[Any]:

@@ -181,15 +181,25 @@ class Sampler:
     Raises:
       ValueError: there are no such calls, or a stochastic sampler got no `fresh`.
     """
+    return self.run_with(lambda x_bhwz, t, _: (denoise(x_bhwz, t), None), carry, None, start, stop, fresh)[0]
+
+  def run_with(self, denoise: Callable, carry: Carry, memory: Any, start: int, stop: int,
+               fresh: Fresh | None = None) -> tuple[Carry, Any]:
+    """`run` for a denoiser that hands something on, `(x_bhwz, t, memory) -> (output_bhwz, memory)`: `(carry, memory)`.
+
+    Raises:
+      ValueError: as `run`.
+    """
     if not 0 <= start <= stop <= self.calls:
       raise ValueError(f"run({start}, {stop}) is outside of this sampler's {self.calls} calls.")
     if self.stochastic and fresh is None:
       raise ValueError("this sampler draws new noise in every call: pass fresh, a function from call to noise_bhwz.")
 
-    def call(carry, row):
+    def call(state, row):
       t, scale, remember, weights, number, share = row
-      x_bhwz, before_bhwz, history_bkhwz = carry
-      output_bhwz = denoise(x_bhwz if scale is None else scale * x_bhwz, t).astype(x_bhwz.dtype)
+      (x_bhwz, before_bhwz, history_bkhwz), memory = state
+      output_bhwz, memory = denoise(x_bhwz if scale is None else scale * x_bhwz, t, memory)
+      output_bhwz = output_bhwz.astype(x_bhwz.dtype)
       slots = history_bkhwz.shape[1]
       terms = [x_bhwz, before_bhwz, output_bhwz, *(history_bkhwz[:, k] for k in range(slots))]
       entry_bhwz = remember[0] * x_bhwz + remember[1] * output_bhwz
@@ -198,11 +208,11 @@ class Sampler:
       next_bhwz = sum(w * term for w, term in zip(weights, terms))
       if share is not None:
         next_bhwz += share * fresh(number)
-      return Carry(next_bhwz, x_bhwz, history_bkhwz), None
+      return (Carry(next_bhwz, x_bhwz, history_bkhwz), memory), None
 
     numbers = np.arange(self.calls, dtype=np.int32) if self.stochastic else None
     rows = (self.timesteps, self.scale, self.remember, self.weights, numbers, self.noise)
-    return jax.lax.scan(call, carry, jax.tree.map(lambda column: column[start:stop], rows))[0]
+    return jax.lax.scan(call, (carry, memory), jax.tree.map(lambda column: column[start:stop], rows))[0]
 
   def predict_x0(self, denoise: Denoise, carry: Carry, call: int) -> jax.Array:
     """Makes call number `call` and decodes its output to x0 directly (arXiv 2010.02502, eq. 9)."""
@@ -260,35 +270,57 @@ def guide(unet_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], text_
   Returns:
     `denoise(x_bhwz, t)`. Both forms return the same numbers.
   """
-  null_bld = jnp.broadcast_to(null_bld, text_bld.shape)
-  b = text_bld.shape[0]
-
-  def conditional(x_bhwz, t):
-    return unet_fn(x_bhwz, jnp.full((b,), t), text_bld).astype(jnp.float32)
-
-  def guided(null_bhwz, text_bhwz):
-    output_bhwz = null_bhwz + scale * (text_bhwz - null_bhwz)
-    if isinstance(rescale, int | float) and rescale == 0:
-      return output_bhwz
-    text_b111, output_b111 = (x.std((1, 2, 3), ddof=1, keepdims=True) for x in (text_bhwz, output_bhwz))
-    return output_bhwz * (rescale * text_b111 / output_b111 + 1 - rescale)
+  inputs, guided = doubled(text_bld, null_bld, scale, rescale)
+  if not stop_unconditional or off(scale):
+    return lambda x_bhwz, t: guided(unet_fn(*inputs(x_bhwz, t)))
+  b, null_bld = text_bld.shape[0], jnp.broadcast_to(null_bld, text_bld.shape)
 
   def separate(x_bhwz, t):
     # Stopped at both ends: nothing is linearised going in, and parameters get no gradient coming out.
     null_bhwz = unet_fn(*jax.lax.stop_gradient((x_bhwz, jnp.full((b,), t), null_bld)))
     null_bhwz = jax.lax.stop_gradient(null_bhwz).astype(jnp.float32)
-    return guided(null_bhwz, conditional(x_bhwz, t))
+    return _guided(null_bhwz, unet_fn(x_bhwz, jnp.full((b,), t), text_bld).astype(jnp.float32), scale, rescale)
 
-  def doubled(x_bhwz, t):
+  return separate
+
+
+def off(scale: float | jax.Array) -> bool:
+  """Whether a guidance scale is the Python number 1, which needs no unconditional half."""
+  return isinstance(scale, int | float) and scale == 1
+
+
+def doubled(text_bld: jax.Array, null_bld: jax.Array, scale: float | jax.Array,
+            rescale: float | jax.Array = 0.0) -> tuple[Callable, Callable]:
+  """Guidance in two parts, around one call of the network with both halves in a batch of twice the size.
+
+  Args:
+    text_bld: as those of `guide`, and so are the others.
+
+  Returns:
+    `inputs(x_bhwz, t)`, what to call the network with, and `guided(output)`, what its output means.
+  """
+  b = text_bld.shape[0]
+  if off(scale):
+    return (lambda x_bhwz, t: (x_bhwz, jnp.full((b,), t), text_bld)), (lambda output: output.astype(jnp.float32))
+
+  def inputs(x_bhwz, t):
     # The two halves alternate row by row: a batch axis that is sharded over devices stays in place.
-    both_bld = jnp.stack([null_bld, text_bld], axis=1).reshape(2 * b, *text_bld.shape[1:])
-    output = unet_fn(jnp.repeat(x_bhwz, 2, axis=0), jnp.full((2 * b,), t), both_bld).astype(jnp.float32)
-    null_bhwz, text_bhwz = jnp.moveaxis(output.reshape(b, 2, *output.shape[1:]), 1, 0)
-    return guided(null_bhwz, text_bhwz)
+    both_bld = jnp.stack([jnp.broadcast_to(null_bld, text_bld.shape), text_bld], axis=1)
+    return jnp.repeat(x_bhwz, 2, axis=0), jnp.full((2 * b,), t), both_bld.reshape(2 * b, *text_bld.shape[1:])
 
-  if isinstance(scale, int | float) and scale == 1:
-    return conditional
-  return separate if stop_unconditional else doubled
+  def guided(output):
+    null_bhwz, text_bhwz = jnp.moveaxis(output.astype(jnp.float32).reshape(b, 2, *output.shape[1:]), 1, 0)
+    return _guided(null_bhwz, text_bhwz, scale, rescale)
+
+  return inputs, guided
+
+
+def _guided(null_bhwz: jax.Array, text_bhwz: jax.Array, scale, rescale) -> jax.Array:
+  output_bhwz = null_bhwz + scale * (text_bhwz - null_bhwz)
+  if isinstance(rescale, int | float) and rescale == 0:
+    return output_bhwz
+  text_b111, output_b111 = (x.std((1, 2, 3), ddof=1, keepdims=True) for x in (text_bhwz, output_bhwz))
+  return output_bhwz * (rescale * text_b111 / output_b111 + 1 - rescale)
 
 
 def _amounts(schedule: Schedule, t_b: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:

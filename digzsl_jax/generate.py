@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import cli, diffusion, logs, mesh
+from digzsl_jax import batches as in_turn
+from digzsl_jax import cli, diffusion, logs, mesh, shortcuts
 from digzsl_jax.data import images, prompts, textual_inversion, tokenizer
 from digzsl_jax.models import download, layers, stable_diffusion
 
@@ -40,6 +41,9 @@ class Settings:
   sampler: str
   guidance: float
   guidance_rescale: float
+  guidance_until: float
+  cache_interval: int
+  cache_branch: int
   height: int
   width: int
   dtype: str
@@ -66,9 +70,10 @@ def compile_images(settings: Settings, sampler: diffusion.Sampler, graphdef: nnx
     params, vectors_nd = frozen
     sd = nnx.merge(graphdef, params)
     text_bld, null_bld = (sd.text(ids_bl, vectors_nd) for ids_bl in (rows.ids_bl, rows.null_bl))
-    denoise = diffusion.guide(sd.unet, text_bld, null_bld, settings.guidance, rescale=settings.guidance_rescale)
     fresh = functools.partial(noise, rows.seed_b, shape=latent_shape)
-    latents_bhwz = diffusion.sample(denoise, fresh(0), sampler, lambda call: fresh(call + 1))
+    left_out = shortcuts.Shortcuts(settings.guidance_until, settings.cache_interval, settings.cache_branch)
+    latents_bhwz = shortcuts.sample(sd.unet, text_bld, null_bld, settings.guidance, fresh(0), sampler,
+                                    lambda call: fresh(call + 1), settings.guidance_rescale, left_out)
     return sd.pixels(latents_bhwz)
 
   def blank(frozen, rows):
@@ -166,11 +171,12 @@ def paint_missing(wanted: Sequence[Image], settings: Settings, sd: stable_diffus
   frozen = jax.device_put((params, vectors_nd), mesh.replicated(devices))
   count = sum(map(len, todo))
   bar = log.progress(len(wanted), "images", done=len(wanted) - count)
-  for some in todo:
-    rows = jax.device_put(rows_of(some, words, settings.negative, size), mesh.by_class(devices))
-    for image, pixels_hwc in zip(some, np.asarray(paint(frozen, rows))):
-      images.write_png(file_of(out, image), pixels_hwc, written(image, settings))
-    bar.update(len(some))
+  rows = lambda some: jax.device_put(rows_of(some, words, settings.negative, size), mesh.by_class(devices))
+  with images.Writer() as writer:
+    for some, pixels_bhwc in in_turn.behind((some, paint(frozen, rows(some))) for some in todo):
+      for image, pixels_hwc in zip(some, np.asarray(pixels_bhwc)):
+        writer.write(file_of(out, image), pixels_hwc, written(image, settings))
+      bar.update(len(some))
   bar.close()
   return count
 
@@ -181,19 +187,23 @@ def generate(args: argparse.Namespace) -> None:
   asked = read_prompts(args.prompt, args.prompts)
   path = download.locate(args.checkpoint, download.STABLE_DIFFUSION)
   vae = args.vae and download.locate(args.vae, download.AUTOENCODER)
+  shortcuts.Shortcuts(args.guidance_until, args.cache_interval, args.cache_branch)  # raises
   schedule = stable_diffusion.load_schedule(path)
   sampler = diffusion.make_sampler(schedule, args.steps, args.sampler or None)
   words = tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(path))
   log.say(f"loading {args.checkpoint}")
   sd = stable_diffusion.load(path, vae=vae, dtype=args.dtype)
   log.say(f"on {logs.devices(jax.devices())} in {args.dtype}; what is compiled the first time takes a while")
+  if args.cache_interval > 1 and args.cache_branch >= sd.unet.branches:
+    raise ValueError(f"--cache_branch {args.cache_branch}: this UNet has the branches 0 to {sd.unet.branches - 1}")
   words, vectors_nd = read_tokens(args.tokens, words, sd)
   usual = sd.image_shape
   height, width = args.height or usual[0], args.width or usual[1]
   if height % sd.vae.factor or width % sd.vae.factor:
     raise ValueError(f"--height {height} and --width {width} must be multiples of {sd.vae.factor}")
   settings = Settings(args.checkpoint, args.vae, args.tokens, args.negative, args.steps, args.sampler, args.guidance,
-                      args.guidance_rescale, height, width, args.dtype)
+                      args.guidance_rescale, args.guidance_until, args.cache_interval, args.cache_branch, height,
+                      width, args.dtype)
   wanted = list(itertools.product(asked, range(args.seed, args.seed + args.images)))
   made = paint_missing(wanted, settings, sd, sampler, words, vectors_nd, out, args.batch, log)
   log.say(f"{made} of {len(wanted)} images made now, in {out}")
@@ -217,6 +227,10 @@ def parser() -> argparse.ArgumentParser:
   add("--sampler", default="", help='as "dpm++" or "euler_karras"; empty for the checkpoint\'s own')
   add("--guidance", type=float, default=7.5, help="classifier-free guidance scale; 1, as SD-Turbo wants it, is off")
   add("--guidance_rescale", type=float, default=0.0, help="phi of arXiv 2305.08891, section 3.4")
+  add("--guidance_until", type=float, default=1.0, help="share of the calls, from the first, that are guided")
+  add("--cache_interval", type=cli.at_least(1), default=1, help="calls from one evaluation of the whole UNet to the "
+      "next, which others take deep features from (DeepCache); 1 for exact images")
+  add("--cache_branch", type=cli.at_least(0), default=0, help="of the UNet, up to which the other calls evaluate it")
   add("--height", type=cli.at_least(1), help="in pixels; by default what the checkpoint was trained on")
   add("--width", type=cli.at_least(1), help="in pixels; by default what the checkpoint was trained on")
   add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation")

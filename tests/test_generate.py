@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import diffusion, mesh
+from digzsl_jax import diffusion, mesh, shortcuts
 from digzsl_jax.base_workspace import parse
 from digzsl_jax.models import stable_diffusion
 from digzsl_jax.runs import generate
@@ -24,7 +24,8 @@ def paint(tiny_world, monkeypatch):
   monkeypatch.setattr(stable_diffusion.StableDiffusion, "text", lambda sd, ids_bl, *others: jnp.ones(
     (len(ids_bl), ids_bl.shape[1], sd.unet.config.cross_attention_dim)))
   sampler = diffusion.make_sampler(schedule, 3, "euler_ancestral")
-  settings = parse(generate.Settings, dict(images=1, sampler="", steps=3, guidance=4.0, batch=2), "generate")
+  settings = parse(generate.Settings, dict(images=1, sampler="", steps=3, guidance=4.0, batch=2, guidance_until=1.0,
+                                           cache_interval=1, cache_branch=0), "generate")
 
   def images(addresses, devices=1):
     compiled = generate.compile_sampler(settings, 0, sampler, graphdef, mesh.make(devices))
@@ -50,7 +51,8 @@ def test_first_noise_and_new_noise_of_each_call_are_apart(paint, monkeypatch):
   drawn = []
   for choose in (lambda noise, fresh: noise, lambda noise, fresh: fresh(jnp.int32(0)),
                  lambda noise, fresh: fresh(jnp.int32(1))):
-    monkeypatch.setattr(diffusion, "sample", lambda denoise, noise, sampler, fresh, choose=choose: choose(noise, fresh))
+    monkeypatch.setattr(shortcuts, "sample", lambda unet, text, null, scale, noise, sampler, fresh, shortcuts,
+                        choose=choose: choose(noise, fresh))
     drawn += [image[:8, :8] for image in paint(ADDRESSES).values()]
   assert len(drawn) == 3 * len(ADDRESSES)
   assert all((one != other).mean() > 0.9 for one, other in itertools.combinations(drawn, 2))

@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
-           "segmentation_metrics", "optimisers", "quality"}
+           "segmentation_metrics", "optimisers", "quality", "shortcuts"}
 TOOLS = {"mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality", "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "report": {"merged_runs", *TOOLS},
     "merged_runs": {"report_page", "files"},
     "convert": {"files"},
-    "generate": {*LIBRARY, *TOOLS},
+    "generate": {"batches", *LIBRARY, *TOOLS},
     "tagger": {"native_batches", "models", "data"},
     "segmenter": {"native_batches", "models", "data"},
     "native_batches": {"models", "data"},
@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
+    "shortcuts": {"diffusion", "models"},
     "samplers": set(),
     "gaussians": set(),
     "losses": set(),

@@ -3,6 +3,8 @@
 Shapes: h w pixel, c colour channel (RGB).
 """
 
+import collections
+import concurrent.futures
 import os
 from collections.abc import Mapping
 
@@ -10,6 +12,8 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from digzsl_jax.files import write_atomic
+
+THREADS = 4  # that compress pictures; Pillow lets others run meanwhile
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for damaged files
 
@@ -55,3 +59,29 @@ def write_png(path: str | os.PathLike, image_hwc: np.ndarray, text: Mapping[str,
   for name, value in (text or {}).items():
     said.add_itxt(name, value)
   write_atomic(path, lambda temporary: Image.fromarray(image_hwc).save(temporary, format="PNG", pnginfo=said))
+
+
+class Writer:
+  """`write_png` in other threads, so that what makes the pictures need not wait; after `with` all are written.
+
+  A picture that could not be written ends `with`, or a later `write`, with `write_png`'s error.
+  """
+
+  def __init__(self):
+    self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "pictures")
+    self._under_way = collections.deque()
+
+  def write(self, path: str | os.PathLike, image_hwc: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+    """Takes the arguments of `write_png`; waits while much is under way."""
+    self._under_way.append(self._threads.submit(write_png, path, image_hwc, text))
+    while len(self._under_way) > 16 * THREADS:
+      self._under_way.popleft().result()
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    self._threads.shutdown()
+    if kind is None:
+      for written in self._under_way:
+        written.result()

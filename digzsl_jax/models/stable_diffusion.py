@@ -15,6 +15,7 @@ from digzsl_jax import diffusion
 from digzsl_jax.models import clip, hub, single_file, taesd, unet
 from digzsl_jax.models import vae as kl
 
+PIXELS = 2**18  # decoded at once: of one picture of 512 x 512 they fill any device, and take it most of a GiB
 Autoencoder = kl.AutoencoderKL | taesd.AutoencoderTiny
 
 
@@ -67,8 +68,15 @@ class StableDiffusion(nnx.Module):
     return jnp.clip(self.vae.decode(latents_bhwz / self.vae.scaling_factor), -1, 1)
 
   def pixels(self, latents_bhwz: jax.Array) -> jax.Array:
-    """`decode` as uint8, for files."""
-    return jnp.round((self.decode(latents_bhwz) + 1) * 127.5).astype(jnp.uint8)
+    """`decode` as uint8, for files; large images a few at a time, so that memory does not grow with the batch."""
+    b, h, w, _ = latents_bhwz.shape
+    most = max(1, PIXELS // (h * w * self.vae.factor**2))
+    part = max(n for n in range(1, min(most, b) + 1) if b % n == 0)
+    some = lambda latents_bhwz: jnp.round((self.decode(latents_bhwz) + 1) * 127.5).astype(jnp.uint8)
+    if part == b:
+      return some(latents_bhwz)
+    images = jax.lax.map(some, latents_bhwz.reshape(b // part, part, *latents_bhwz.shape[1:]))
+    return images.reshape(b, *images.shape[2:])
 
 
 def load(path: os.PathLike, *, vae: os.PathLike | None = None, dtype=jnp.float32,

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, files, mesh
+from digzsl_jax import batches as in_turn
+from digzsl_jax import checkpoint, diffusion, files, mesh, shortcuts
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import images, prompts, splits
 from digzsl_jax.workspace import TOKENS, Workspace
@@ -42,6 +43,7 @@ class Settings:
     steps: sampler steps.
     guidance: classifier-free guidance scale.
     batch: rows of one compiled body, so each device's share of a batch.
+    guidance_until, cache_interval, cache_branch: work that is left out, see `shortcuts.Shortcuts`; none by default.
   """
 
   images: int
@@ -49,10 +51,18 @@ class Settings:
   steps: int
   guidance: float
   batch: int
+  guidance_until: float = 1.0
+  cache_interval: int = 1
+  cache_branch: int = 0
 
   def __post_init__(self):
     for name in ("images", "steps", "batch"):
       check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+    self.shortcuts()  # raises
+
+  def shortcuts(self) -> shortcuts.Shortcuts:
+    """What is left out."""
+    return shortcuts.Shortcuts(self.guidance_until, self.cache_interval, self.cache_branch)
 
 
 class Rows(NamedTuple):
@@ -95,8 +105,8 @@ def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, g
     noise_bhwz = noise(rows, sd.latent_shape, NOISE_STREAM)
     fresh = lambda call: noise(rows, sd.latent_shape, FRESH_STREAM, call)
     text_bld = sd.text(rows.ids_bl, rows.token_bnd)
-    denoise = diffusion.guide(sd.unet, text_bld, sd.text(null_l[None]), settings.guidance)
-    return sd.pixels(diffusion.sample(denoise, noise_bhwz, sampler, fresh))
+    return sd.pixels(shortcuts.sample(sd.unet, text_bld, sd.text(null_l[None]), settings.guidance, noise_bhwz, sampler,
+                                      fresh, shortcuts=settings.shortcuts()))
 
   def blank(frozen, rows):
     return jnp.zeros((settings.batch, *nnx.merge(graphdef, frozen[0]).image_shape), jnp.uint8)
@@ -130,11 +140,12 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
   batches = [jobs[start:start + size] for start in range(0, len(jobs), size)]
   todo = [batch for batch in batches if not all(path(job).exists() for job in batch)]
   bar = ws.log.progress(len(jobs), f"generate ({task.name})", done=len(jobs) - sum(map(len, todo)))
-  for batch in todo:
-    rows = jax.device_put(batch_rows(batch, made, size), mesh.by_class(ws.mesh))
-    for job, image_hwc in zip(batch, np.asarray(generate(frozen, rows))):
-      images.write_png(path(job), image_hwc)
-    bar.update(len(batch))
+  rows = lambda batch: jax.device_put(batch_rows(batch, made, size), mesh.by_class(ws.mesh))
+  with images.Writer() as writer:
+    for batch, images_bhwc in in_turn.behind((batch, generate(frozen, rows(batch))) for batch in todo):
+      for job, image_hwc in zip(batch, np.asarray(images_bhwc)):
+        writer.write(path(job), image_hwc)
+      bar.update(len(batch))
   bar.close()
   paths = {source: {name: [] for name in names} for source in SOURCES}
   for job in jobs:
@@ -161,8 +172,11 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 
 
 def validate(settings: Settings, ws: Workspace) -> None:
-  """Raises ValueError for a sampler that the checkpoint's schedule does not allow."""
+  """Raises ValueError for a sampler that the checkpoint's schedule does not allow, or a branch that its UNet lacks."""
   plan(settings, ws)
+  if settings.cache_interval > 1:
+    last = ws.sd.unet.branches - 1
+    check(settings.cache_branch <= last, "config.generate.cache_branch", settings.cache_branch, f"at most {last}")
 
 
 def complete(ws: Workspace, folder: pathlib.Path) -> bool:
