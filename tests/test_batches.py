@@ -51,3 +51,10 @@ def test_processes_share_a_batch(monkeypatch):
     monkeypatch.setattr(batches.jax, "process_index", lambda index=index: index)
     parts.append(batches.mine(rows_b))
   np.testing.assert_array_equal(np.concatenate(parts), rows_b)
+
+
+def test_a_result_is_read_once_the_next_is_asked_for():
+  asked = []
+  found = batches.behind(asked.append(n) or n for n in range(4))
+  assert [(n, len(asked)) for n in found] == [(0, 2), (1, 3), (2, 4), (3, 4)]
+  assert list(batches.behind([])) == [] and list(batches.behind("a")) == ["a"]

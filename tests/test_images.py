@@ -55,3 +55,26 @@ def test_missing_file_and_bad_array(tmp_path):
     images.read_png(tmp_path / "gone.png")
   with pytest.raises(ValueError, match=r"uint8 \[h, w, 3\], not float64"):
     images.write_png(tmp_path / "a.png", _picture() / 255)
+
+
+def test_writer_has_written_all_at_its_end(tmp_path, monkeypatch):
+  monkeypatch.setattr(images, "THREADS", 2)
+  with images.Writer() as writer:
+    for seed in range(40):  # more than it takes without waiting
+      writer.write(tmp_path / f"{seed}.png", _picture(seed), {"seed": str(seed)})
+  for seed in range(40):
+    np.testing.assert_array_equal(images.read_png(tmp_path / f"{seed}.png"), _picture(seed))
+    assert images.read_text(tmp_path / f"{seed}.png") == {"seed": str(seed)}
+
+
+def test_writer_tells_what_went_wrong(tmp_path):
+  (tmp_path / "file").write_bytes(b"")
+  with pytest.raises(OSError, match="could not write .*file/a.png"):
+    with images.Writer() as writer:
+      writer.write(tmp_path / "file" / "a.png", _picture())
+  with pytest.raises(KeyError, match="other"):  # what ended the body, not what its pictures met
+    with images.Writer() as writer:
+      writer.write(tmp_path / "file" / "a.png", _picture())
+      writer.write(tmp_path / "b.png", _picture())
+      raise KeyError("other")
+  np.testing.assert_array_equal(images.read_png(tmp_path / "b.png"), _picture())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax.models import hub, unet, vae
+from digzsl_jax.models import hub, stable_diffusion, unet, vae
 
 SD15 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 1024,
@@ -153,6 +153,27 @@ def test_text_of_another_width_is_refused():
   ("quant_conv.weight", "quant_conv.weight"), ("query.weight", "query.weight")])
 def test_old_names_of_the_vae(name, now):
   assert vae.AutoencoderKL.canonical_name(name) == now
+
+
+def test_large_pictures_are_decoded_a_few_at_a_time(monkeypatch):
+  graphdef, state, sizes = nnx.graphdef(abstract(vae.AutoencoderKL, VAE)), weights(vae.AutoencoderKL), []
+
+  class Sized(vae.AutoencoderKL):
+    def decode(self, latents_bhwz):
+      sizes.append(len(latents_bhwz))
+      return super().decode(latents_bhwz)
+
+  def pixels(latents_bhwz):
+    sd = stable_diffusion.StableDiffusion(None, None, nnx.merge(graphdef, state))
+    sd.vae.__class__ = Sized
+    return sd.pixels(latents_bhwz)
+
+  latents_bhwz = jax.random.normal(jax.random.key(0), (6, 8, 8, 4))
+  whole = jax.jit(pixels)(latents_bhwz)
+  monkeypatch.setattr(stable_diffusion, "PIXELS", 5 * 16 * 16)  # five fit, but three divide six
+  parts = jax.jit(lambda x: pixels(x))(latents_bhwz)
+  assert sizes == [6, 3] and parts.shape == whole.shape == (6, 16, 16, 3) and parts.dtype == jnp.uint8
+  assert np.abs(np.int32(parts) - np.int32(whole)).max() <= 1 and np.asarray(whole).std() > 10
 
 
 CALLS = {  # model type, config, function, its first argument, the others

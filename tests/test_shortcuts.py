@@ -1,4 +1,4 @@
-"""Shortcuts of sampling: exact where they are off, what they leave out where they are on; and what XLA does by itself."""
+"""Shortcuts of sampling: exact where they are off, what they leave out where on; and what XLA does by itself."""
 
 import functools
 import re

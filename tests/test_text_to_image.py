@@ -75,7 +75,19 @@ def test_learnt_tokens_change_the_image(painted, tmp_path):
   assert len(made) == 1 and not set(made.values()) & set(files.values())
 
 
+def test_shortcuts_change_the_image_and_are_written_into_it(painted, tmp_path):
+  out, files = painted
+  name = "a-photo-of-a-striped-crimson-star/00007.png"
+  made = paint(tmp_path, "--prompt", PROMPT, "--seed", "7", "--cache_interval", "2", "--guidance_until", "0.9")
+  said = images.read_text(tmp_path / name)
+  assert (said["cache_interval"], said["cache_branch"], said["guidance_until"]) == ("2", "0", "0.9")
+  assert (images.read_png(out / name) != images.read_png(tmp_path / name)).mean() > 0.1
+  assert made[name] != files[name]
+
+
 @pytest.mark.parametrize("arguments, message", [
+  (("--prompt", "a", "--guidance_until", "2"), "guidance_until is 2.0; it must be between 0 and 1"),
+  (("--prompt", "a", "--cache_interval", "2", "--cache_branch", "4"), "has the branches 0 to 3"),
   ((), "there is no prompt"),
   (("--prompt", "a", "--prompts", "nowhere.txt"), "nowhere.txt cannot be read"),
   (("--prompt", "a", "--width", "33"), "must be multiples of 4"),
