@@ -60,30 +60,32 @@ def _in_blocks(block, queries: jax.Array) -> jax.Array:
   return out.reshape(count * size, *rest)[:length]
 
 
-def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
-  """One block of queries after another."""
-  block = lambda q_nbhd: jnp.moveaxis(whole(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd), 1, 0)
+def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array | None = None) -> jax.Array:
+  """One block of queries after another; `bias_bm` is added to the logits of every query and head."""
+  bias_b11m = None if bias_bm is None else bias_bm[:, None, None]
+  block = lambda q_nbhd: jnp.moveaxis(attention(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd, bias_b11m)[0], 1, 0)
   return jnp.moveaxis(_in_blocks(block, jnp.moveaxis(q_blhd, 1, 0)), 0, 1)
 
 
-def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
-  """One head of one row after another, each by blocks of queries, as products of plain matrices.
+def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array | None = None) -> jax.Array:
+  """`by_queries` of one head of one row after another, as products of plain matrices.
 
   XLA:CPU is several times slower at products with batch axes, be they of size one.
   """
   b, queries, h, d = q_blhd.shape
   dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
-  def head(qkv):
-    q_ld, k_md, v_md = qkv
+  def head(row):
+    q_ld, k_md, v_md, *bias_m = row
 
     def block(q_nd):
-      weights_nm = softmax(dot(q_nd, k_md.T) * d**-0.5)
+      weights_nm = softmax(sum(bias_m, start=dot(q_nd, k_md.T) * d**-0.5))
       return dot(weights_nm.astype(v_md.dtype), v_md).astype(v_md.dtype)
 
     return _in_blocks(block, q_ld)
 
-  rows = tuple(jnp.moveaxis(x, 2, 1).reshape(b * h, -1, d) for x in (q_blhd, k_bmhd, v_bmhd))
+  rows = [jnp.moveaxis(x, 2, 1).reshape(b * h, -1, d) for x in (q_blhd, k_bmhd, v_bmhd)]
+  rows += [] if bias_bm is None else [jnp.repeat(bias_bm, h, axis=0)]
   return jnp.moveaxis(jax.lax.map(head, rows).reshape(b, h, queries, d), 1, 2)
 
 
@@ -91,8 +93,7 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
               bias_bm: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`attention` and the mean over heads of its weights, `(out_blhd, mean_blm)`, one head after another.
 
-  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`). The way back
-  computes a head's weights again.
+  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`).
 
   Args:
     bias_bm: added to the logits of every query and head; `-inf` masks.
@@ -100,7 +101,6 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   h, d = q_blhd.shape[2:]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-  @jax.checkpoint
   def one(sum_lm, qkv, bias_m):
     q_ld, k_md, v_md = qkv
     weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
