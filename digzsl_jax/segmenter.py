@@ -5,8 +5,8 @@ go together, and the call makes the map of every picture's first label, then of 
 times as its pictures have labels. So nothing has to live on a device between two calls, and no map needs anything of
 another device.
 
-Memory of a device in a call, beside weights and maps: for each of its `pictures` of N patches 4 bytes times the larger of
-9 (N + 1) intermediate_size + 2 N^2, for the way back, and (1.5 A + 7) N^2, where A layers' attention is averaged. Of
+Memory of a device in a call, beside weights and maps: for each of its `pictures` of N patches 4 bytes times the larger
+of 9 (N + 1) intermediate_size + 2 N^2, for the way back, and (1.5 A + 7) N^2, where A layers' attention is averaged. Of
 ViT-B/16 and 40 x 40 patches that is 180 MiB. Labels and heads do not count.
 
 Shapes: b picture of a batch, f labels, s the labels of a picture in one call, m all labels of a picture, i j its rows
