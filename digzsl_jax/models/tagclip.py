@@ -20,6 +20,7 @@ Shapes: b picture, n candidate, i j height and width of a batch in pixels or pat
 (patches row by row), d width, p width of the shared space, c colours, k classes: labels, then background, f the labels.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,7 +76,11 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     ValueError: sides of `images_bijc` that are no whole patches.
   """
   attention = []
-  take = lambda weights_blm, _: attention.append(weights_blm)
+
+  def take(weights_blm, x):
+    attention.append(weights_blm)
+    return x
+
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
 
 
@@ -86,12 +91,13 @@ def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2:
   Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
   layer's mean over heads, one or two on the way to it, the average and the votes so far.
   """
-  gather = _Affinity(grids_b2, len(model.vision_model.encoder.layers), first_layer, votes)
+  rows, columns = grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
+  gather = _Affinity(_inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
 
 
 def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
-  """The scores of `coarse_scores`; `take` is given the attention of one layer after another."""
+  """The scores of `coarse_scores`; `take(weights_blm, x) -> x` is given the attention of one layer after another."""
   tower = model.vision_model
   b, height, width, _ = images_bijc.shape
   patch = tower.embeddings.patch_size
@@ -99,14 +105,13 @@ def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
   x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
-  inside_bij = _inside(grids_b2, rows, columns)
-  inside_bl = jnp.pad(inside_bij.reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
+  inside_bl = jnp.pad(_inside(grids_b2, rows, columns).reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
   bias_bl = jnp.where(inside_bl, 0, -jnp.inf)
   for layer in tower.encoder.layers:
     before_bld, own = x_bld, layer.self_attn
     q_blhd, k_blhd, v_blhd = _project(layer, x_bld)
     attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bl)
-    take(weights_blm[:, 1:, 1:], inside_bij)
+    attended_blhd = take(weights_blm[:, 1:, 1:], attended_blhd)
     x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
   x_bld = layer.feed_forward(before_bld + own.out_proj(v_blhd.reshape(x_bld.shape)))
   embeds_blp = model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
@@ -147,30 +152,38 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  gather = _Affinity(grids_b2, len(attention), first_layer, votes)
+  gather = _Affinity(_inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
   for weights_blm in attention:
-    gather.add(weights_blm, _inside(grids_b2, *scores_bijk.shape[1:3]))
+    gather.add(weights_blm)
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
 
 
 class _Affinity:
   """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
 
-  def __init__(self, grids_b2: jax.Array, layers: int, first_layer: int, votes: int):
+  def __init__(self, inside_bij: jax.Array, layers: int, first_layer: int, votes: int):
     check(layers, first_layer, votes)
     self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
-    self.pairs_b11 = (grids_b2.prod(1)**2)[:, None, None]
-    self.above_blm, self.sum_blm = 0, 0
+    self.inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
+    zeros = functools.partial(jnp.zeros, (*self.inside_bl1.shape[:2], self.inside_bl1.shape[1]))
+    self.above_blm, self.sum_blm = zeros(jnp.int8 if layers < 128 else jnp.int32), zeros(jnp.float32)
 
-  def add(self, weights_blm: jax.Array, inside_bij: jax.Array) -> None:
-    """The next layer."""
-    inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
-    mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=inside_bl1) / self.pairs_b11
-    # A weight towards the padding is 0, which is never above the mean.
-    self.above_blm += (weights_blm > mean_b11).astype(jnp.int32)
-    if self.layer in self.averaged:
-      self.sum_blm += weights_blm
+  def add(self, weights_blm: jax.Array, x: jax.Array | None = None) -> jax.Array | None:
+    """The next layer. What is computed from the returned `x`, itself unchanged, waits until it is counted."""
+    def count(above_blm, sum_blm, x, weights_blm):
+      pairs_b11 = self.inside_bl1.sum(1, keepdims=True)**2
+      mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=self.inside_bl1) / pairs_b11
+      # A weight towards the padding is 0, which is never above the mean.
+      above_blm += (weights_blm > mean_b11).astype(above_blm.dtype)
+      return above_blm, sum_blm + weights_blm if self.layer in self.averaged else sum_blm, x
+
+    # There is always a patch inside. But the compiler does not know, and so cannot put off the counting until it has
+    # the weights of all layers, as it would to do it in one go.
+    kept = self.above_blm, self.sum_blm, x
+    nothing = lambda *kept: jax.tree.map(jnp.zeros_like, kept[:3])
+    self.above_blm, self.sum_blm, x = jax.lax.cond(self.inside_bl1[0, 0, 0], count, nothing, *kept, weights_blm)
     self.layer += 1
+    return x
 
   def result(self) -> jax.Array:
     return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
