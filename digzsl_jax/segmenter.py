@@ -161,11 +161,10 @@ def _maps(static: native_batches.Static, weights, images_bijc: jax.Array, grids_
 
   def body(weights, images_bijc, grids_b2, tags_bf, labels_bs, counts_b):
     model, text_kp = native_batches.merged(static, weights)
-    patch = model.vision_model.embeddings.patch_size
-    rows, columns = (side // patch for side in images_bijc.shape[1:3])
-    hidden_bld, attention = tagclip.features(model, native_batches.normalised(static, images_bijc), grids_b2)
-    affinity_blm = cls_seg.affinity(attention, grids_b2, rows, columns, first_layer=rules.first_layer,
-                                    last_layer=rules.last_layer)
+    rows, columns = tagclip.grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
+    hidden_bld, affinity_blm = cls_seg.features_and_affinity(
+        model, native_batches.normalised(static, images_bijc), grids_b2, first_layer=rules.first_layer,
+        last_layer=rules.last_layer)
     allowed_bk = jnp.pad(tags_bf, ((0, 0), (0, len(text_kp) - static.labels)), constant_values=True)
     raw_of = cls_seg.cams(model, hidden_bld, grids_b2, rows, columns, text_kp, allowed_bk)
 

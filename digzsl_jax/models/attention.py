@@ -101,22 +101,32 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   h, d = q_blhd.shape[2:]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-  def one(sum_lm, qkv, bias_m):
-    q_ld, k_md, v_md = qkv
-    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
-    out_ld = product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
-    return sum_lm + weights_lm, out_ld
+  # Constant zeros would be written for all layers of a model before the first one is computed, and what comes out takes
+  # the place of the queries, so that memory does not grow with the number of layers.
+  def zeros(q_hld, bias_m):
+    return 0 * q_hld[0, ..., :1].astype(jnp.float32) + jnp.zeros(bias_m.shape[-1])
 
-  def heads(row):
-    *qkv, bias_m = row  # `[h, l, d]` each
-    zeros_lm = jnp.zeros((*qkv[0].shape[1:-1], bias_m.shape[-1]))
-    sum_lm, out_hld = jax.lax.scan(lambda sum_lm, qkv: one(sum_lm, qkv, bias_m), zeros_lm, tuple(qkv))
-    return out_hld, sum_lm / h
+  def heads(q_hld, k_hmd, v_hmd, bias_m):
+    def one(head, carry):
+      sum_lm, out_hld = carry
+      logits_lm = product("...ld,...md->...lm", out_hld[head], k_hmd[head]) * d**-0.5
+      weights_lm = softmax(logits_lm + bias_m)
+      out_ld = product("...lm,...md->...ld", weights_lm.astype(v_hmd.dtype), v_hmd[head])
+      return sum_lm + weights_lm, out_hld.at[head].set(out_ld.astype(v_hmd.dtype))
+
+    sum_lm, out_hld = jax.lax.fori_loop(0, h, one, (zeros(q_hld, bias_m), q_hld))
+    return sum_lm / h, out_hld
+
+  def one_row(row, carry):
+    found = heads(carry[1][row], k[row], v[row], bias_bm[row])
+    return jax.tree.map(lambda kept, new: kept.at[row].set(new), carry, found)
 
   if jax.default_backend() == "cpu":
-    out_bhld, mean_blm = jax.lax.map(heads, (*(jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm))
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd))
+    mean_blm, out_bhld = jax.lax.fori_loop(0, len(q), one_row, (zeros(jnp.moveaxis(q, 1, 0), bias_bm), q))
     return jnp.moveaxis(out_bhld, 1, 2), mean_blm
-  out_hbld, mean_blm = heads((*(jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm[:, None]))
+  q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd))
+  mean_blm, out_hbld = heads(q, k, v, bias_bm[:, None])
   return jnp.moveaxis(out_hbld, 0, 2), mean_blm
 
 

@@ -20,6 +20,7 @@ Shapes: b picture, i j height and width of a batch in patches, l m positions (wi
 d, patches alone in affinities), d width, p width of the shared space, k classes: labels, then background.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -108,6 +109,24 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
       total = weights_blm.sum(axis, keepdims=True)
       weights_blm /= jnp.where(total == 0, 1, total)
   return (weights_blm + weights_blm.swapaxes(1, 2)) / 2
+
+
+def features_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, *, first_layer: int,
+                          last_layer: int) -> tuple[jax.Array, jax.Array]:
+  """What `tagclip.features` starts with and the `affinity` of the rest, which is used up layer by layer."""
+  check(len(model.vision_model.encoder.layers), first_layer, last_layer)
+  rows, columns = tagclip.grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
+  inside_bij, layers = tagclip.inside(grids_b2, rows, columns), itertools.count()
+  sum_blm = jnp.zeros((len(grids_b2), rows * columns, rows * columns))
+
+  def take(weights_blm, x):
+    nonlocal sum_blm
+    if first_layer <= next(layers) <= last_layer:
+      (sum_blm,), x = tagclip.in_turn(inside_bij, lambda *both: (sum(both),), (sum_blm,), weights_blm, x)
+    return x
+
+  hidden_bld, _ = tagclip.each_layer(model, images_bijc, grids_b2, take)
+  return hidden_bld, affinity([sum_blm], grids_b2, rows, columns, first_layer=0, last_layer=0)
 
 
 def check(layers: int, first_layer: int, last_layer: int) -> None:

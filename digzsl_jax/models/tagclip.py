@@ -20,6 +20,7 @@ Shapes: b picture, n candidate, i j height and width of a batch in pixels or pat
 (patches row by row), d width, p width of the shared space, c colours, k classes: labels, then background, f the labels.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,8 +74,7 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     ValueError: sides of `images_bijc` that are no whole patches.
   """
   attention = []
-  take = lambda weights_blm, _: attention.append(weights_blm)
-  return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
+  return _coarse_scores(model, images_bijc, grids_b2, text_kp, _into(attention)), attention
 
 
 def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
@@ -91,8 +91,16 @@ def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array)
     ValueError: sides of `images_bijc` that are no whole patches.
   """
   attention = []
-  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, lambda weights_blm, _: attention.append(weights_blm))
+  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, _into(attention))
   return hidden_bld, attention
+
+
+def _into(attention: list) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """For `each_layer`: keeps everything."""
+  def take(weights_blm, x):
+    attention.append(weights_blm)
+    return x
+  return take
 
 
 def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
@@ -102,7 +110,8 @@ def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2:
   Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
   layer's mean over heads, one or two on the way to it, the average and the votes so far.
   """
-  gather = _Affinity(grids_b2, len(model.vision_model.encoder.layers), first_layer, votes)
+  rows, columns = grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
+  gather = _Affinity(inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
 
 
@@ -116,11 +125,11 @@ def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
 
 
 def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array,
-               take: Callable[[jax.Array, jax.Array], None]) -> tuple[jax.Array, jax.Array]:
+               take: Callable[[jax.Array, jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
   """`features` that gives the attention of one layer after another away.
 
   Args:
-    take: is called with a layer's `weights_blm` and with the picture's own patches, `inside_bij`.
+    take: `take(weights_blm, x) -> x` of each layer; what comes after is computed from `x`, which stays as it is.
 
   Returns:
     `(hidden_bld, values_bld)`: what enters the last layer, and its values.
@@ -132,12 +141,12 @@ def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Arra
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
   x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
-  inside_bij, bias_bm = inside(grids_b2, rows, columns), bias(grids_b2, rows, columns)
+  bias_bm = bias(grids_b2, rows, columns)
   for layer in tower.encoder.layers:
     before_bld, own = x_bld, layer.self_attn
     q_blhd, k_blhd, v_blhd = own.project(layer.layer_norm1(x_bld))
     attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bm)
-    take(weights_blm[:, 1:, 1:], inside_bij)
+    attended_blhd = take(weights_blm[:, 1:, 1:], attended_blhd)
     x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
   return before_bld, v_blhd.reshape(x_bld.shape)
 
@@ -189,33 +198,49 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  gather = _Affinity(grids_b2, len(attention), first_layer, votes)
+  gather = _Affinity(inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
   for weights_blm in attention:
-    gather.add(weights_blm, inside(grids_b2, *scores_bijk.shape[1:3]))
+    gather.add(weights_blm)
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
 
 
 class _Affinity:
   """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
 
-  def __init__(self, grids_b2: jax.Array, layers: int, first_layer: int, votes: int):
+  def __init__(self, inside_bij: jax.Array, layers: int, first_layer: int, votes: int):
     check(layers, first_layer, votes)
     self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
-    self.pairs_b11 = (grids_b2.prod(1)**2)[:, None, None]
-    self.above_blm, self.sum_blm = 0, 0
+    self.inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
+    zeros = functools.partial(jnp.zeros, (*self.inside_bl1.shape[:2], self.inside_bl1.shape[1]))
+    self.above_blm, self.sum_blm = zeros(jnp.int8 if layers < 128 else jnp.int32), zeros(jnp.float32)
 
-  def add(self, weights_blm: jax.Array, inside_bij: jax.Array) -> None:
-    """The next layer."""
-    inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
-    mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=inside_bl1) / self.pairs_b11
-    # A weight towards the padding is 0, which is never above the mean.
-    self.above_blm += (weights_blm > mean_b11).astype(jnp.int32)
-    if self.layer in self.averaged:
-      self.sum_blm += weights_blm
+  def add(self, weights_blm: jax.Array, x: jax.Array | None = None) -> jax.Array | None:
+    """The next layer. What is computed from the returned `x`, itself unchanged, waits until it is counted."""
+    def count(above_blm, sum_blm, weights_blm):
+      pairs_b11 = self.inside_bl1.sum(1, keepdims=True)**2
+      mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=self.inside_bl1) / pairs_b11
+      # A weight towards the padding is 0, which is never above the mean.
+      above_blm += (weights_blm > mean_b11).astype(above_blm.dtype)
+      return above_blm, sum_blm + weights_blm if self.layer in self.averaged else sum_blm
+
+    kept = self.above_blm, self.sum_blm
+    (self.above_blm, self.sum_blm), x = in_turn(self.inside_bl1, count, kept, weights_blm, x)
     self.layer += 1
+    return x
 
   def result(self) -> jax.Array:
     return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
+
+
+def in_turn(inside: jax.Array, step: Callable, kept: tuple, weights_blm: jax.Array, x):
+  """`(step(*kept, weights_blm), x)`, where nothing that is computed from the returned `x` comes before the step.
+
+  `inside`, of pictures, begins with a patch of one. But the compiler does not know, and so cannot put off the step
+  until it has the weights of all layers, as it would to do it in one go.
+  """
+  taken = lambda kept, x, weights_blm: (step(*kept, weights_blm), x)
+  nothing = lambda kept, x, _: jax.tree.map(jnp.zeros_like, (kept, x))
+  return jax.lax.cond(inside.reshape(-1)[0], taken, nothing, kept, x, weights_blm)
 
 
 def check(layers: int, first_layer: int, votes: int) -> None:
