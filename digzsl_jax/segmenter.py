@@ -6,8 +6,8 @@ times as its pictures have labels. So nothing has to live on a device between tw
 another device.
 
 Memory of a device in a call, beside weights and maps: for each of its `pictures` of N patches 4 bytes times the larger
-of 9 (N + 1) intermediate_size + 2 N^2, for the way back, and (1.5 A + 7) N^2, where A layers' attention is averaged. Of
-ViT-B/16 and 40 x 40 patches that is 180 MiB. Labels and heads do not count.
+of 9 (N + 1) intermediate_size + 2 N^2, for the way back, and 6 N^2, for attention. Of ViT-B/16 and 40 x 40 patches that
+is 175 MiB, as compiled for a CPU. Labels, heads and layers do not count.
 
 Shapes: b picture of a batch, f labels, s the labels of a picture in one call, m all labels of a picture, i j its rows
 and columns of patches, l patches, k classes: labels, then background, p width of the shared space.
