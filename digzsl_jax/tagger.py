@@ -37,6 +37,12 @@ class Rules(NamedTuple):
   threshold: float = 0.5
   compat: bool = False
 
+  @classmethod
+  def for_layers(cls, layers: int, threshold: float = 0.5, compat: bool = False) -> "Rules":
+    """First layer and votes in proportion to a model's layers; for 12 alone they are published, and there the same."""
+    first = max(min(round(8 / 12 * layers), layers - 2), 0)  # at least one layer is averaged
+    return cls(first, max(round(4 / 12 * layers), 1), threshold, compat)
+
 
 class Scored(NamedTuple):
   """One batch of pictures.

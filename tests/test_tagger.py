@@ -170,3 +170,9 @@ def test_errors(model):
     make(rules=tagger.Rules())
   with pytest.raises(ValueError, match="pictures 0 and crops 4 of a batch must be at least 1"):
     make(pictures=0)
+
+
+def test_rules_for_other_depths():
+  rules = tagger.Rules.for_layers
+  assert [rules(layers)[:2] for layers in (12, 24, 4, 3, 2)] == [(8, 4), (16, 8), (2, 1), (1, 1), (0, 1)]
+  assert rules(12) == tagger.Rules() and rules(12, 0.1, True) == tagger.Rules(8, 4, 0.1, True)
