@@ -17,4 +17,5 @@ def get_config():
   config.judge.model.pairs = (("pullover", "coat", "shirt"), ("tee", "dress"), ("sandal", "sneaker", "boot"))
   config.clip.training.steps = 1000  # ten classes take fewer updates than the 108 of scenes
   config.sd.training.steps = 3000
+  config.export.world = "fashion_mnist"
   return config

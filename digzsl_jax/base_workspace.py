@@ -10,11 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from digzsl_jax import checkpoint, losses, mesh
+from digzsl_jax import checkpoint, label_texts, mesh
 from digzsl_jax.data import tokenizer
 from digzsl_jax.logs import Log
 from digzsl_jax.models import clip, download, hub, inception
@@ -22,7 +20,6 @@ from digzsl_jax.models import clip, download, hub, inception
 T = TypeVar("T")
 EMBEDDED = "embedded:"  # prefix of checkpoints that ship inside the package
 PLACES = {("cdm", "cache")}  # fields that no result depends on
-TEXTS = 256  # prompts that are encoded at once
 WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
@@ -133,13 +130,4 @@ class BaseWorkspace:
 
   def embed_texts(self, texts: Sequence[str], name: str) -> np.ndarray:
     """Unit CLIP embeddings `[n, d]` of texts; `name` is that of the progress bar."""
-    graphdef, params = nnx.split(self.clip)
-    encode = jax.jit(lambda params, ids: losses.normalise(nnx.merge(graphdef, params).encode_text(ids)[0]))
-    size, rows = min(len(texts), TEXTS), []
-    with self.log.progress(len(texts), name) as bar:
-      for start in range(0, len(texts), size):
-        batch = list(texts[start:start + size])
-        filled = batch + batch[-1:] * (size - len(batch))  # one shape, one compilation
-        rows.append(np.asarray(encode(params, jnp.asarray(self.clip_tokenizer(filled))))[:len(batch)])
-        bar.update(len(batch))
-    return np.concatenate(rows)
+    return label_texts.encode(self.clip, self.clip_tokenizer, texts, lambda count: self.log.progress(count, name))

@@ -20,7 +20,26 @@ def clip(images_bd: jax.Array, texts_bd: jax.Array, scale: jax.Array,
     scale: inverse temperature.
     counted_b: False leaves a pair out; the loss of no pairs at all is 0.
   """
-  logits_bb = scale * normalise(images_bd) @ normalise(texts_bd).T
+  return _symmetric(scale * normalise(images_bd) @ normalise(texts_bd).T, counted_b)
+
+
+def patch_clip(patches_bld: jax.Array, texts_bd: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The same of patches, of which no one says what they show (PACL, arXiv 2212.04994).
+
+  A text weighs the patches of an image by a softmax of its scaled cosines with them and is compared with their mean.
+
+  Args:
+    patches_bld: patch embeddings, any norm.
+    texts_bd: as in `clip`, as is `scale`.
+  """
+  patches_bld, texts_bd = normalise(patches_bld), normalise(texts_bd)
+  weights_blt = jax.nn.softmax(scale * jnp.einsum("bld,td->blt", patches_bld, texts_bd), axis=1)
+  images_btd = normalise(jnp.einsum("blt,bld->btd", weights_blt, patches_bld))
+  return _symmetric(scale * jnp.einsum("btd,td->bt", images_btd, texts_bd))
+
+
+def _symmetric(logits_bb: jax.Array, counted_b: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Cross-entropy of rows (images) and of columns (texts), their own being the diagonal; and the accuracy of rows."""
   own_b = jnp.arange(logits_bb.shape[0])
   loss, mean = optax.softmax_cross_entropy_with_integer_labels, jnp.mean
   if counted_b is not None:

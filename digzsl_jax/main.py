@@ -9,7 +9,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digzsl_jax import checkpoint, cli, logs, mesh, stages
-from digzsl_jax.multilabel_workspace import MultilabelWorkspace
+from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.runs import (
   cdm,
   class_tokens,
@@ -17,18 +17,25 @@ from digzsl_jax.runs import (
   clip_decoder,
   evaluate,
   evaluate_multilabel,
+  evaluate_tags,
   generate,
   pretrain,
   quality,
   report,
   report_multilabel,
+  report_tags,
+  tag_masks,
+  tagclip,
 )
+from digzsl_jax.tag_workspace import TagWorkspace
 from digzsl_jax.workspace import Workspace
 
 DIG_ZSL = {"cdm": cdm, "tokens": class_tokens, "generate": generate, "classifier": classifier, "quality": quality,
            "evaluate": evaluate, "report": report}
 CLIP_DECODER = {"train": clip_decoder, "evaluate": evaluate_multilabel, "report": report_multilabel}
-STAGED = {"dig_zsl": (DIG_ZSL, Workspace), "clip_decoder": (CLIP_DECODER, MultilabelWorkspace)}
+TAGCLIP = {"tags": tagclip, "masks": tag_masks, "evaluate": evaluate_tags, "report": report_tags}
+STAGED = {"dig_zsl": (DIG_ZSL, Workspace), "clip_decoder": (CLIP_DECODER, DecoderWorkspace),
+          "tagclip": (TAGCLIP, TagWorkspace)}
 # `(config, workdir, log, dry_run)` of each method.
 METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {"pretrain": pretrain.run}
 

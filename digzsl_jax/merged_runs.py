@@ -1,8 +1,7 @@
 """What finished runs measured, grouped by their settings: mean and spread over seeds.
 
-A run is a working directory with `config.json` and `results.json`, which `runs/evaluate.py` or, of several labels,
-`runs/evaluate_multilabel.py` wrote. Runs whose configs differ in nothing but the seed, and what no result depends on,
-are one group.
+A run is a working directory with `config.json` and `results.json`, which the stage evaluate of its method wrote. Runs
+whose configs differ in nothing but the seed, and what no result depends on, are one group.
 """
 
 import collections
@@ -16,7 +15,7 @@ from typing import Any
 from digzsl_jax import files
 from digzsl_jax import report_page as page
 
-NOT_COMPARED = ("seed", "stages", "mesh", "report", "cdm.cache")  # fields and sections
+NOT_COMPARED = ("seed", "stages", "mesh", "report", "cdm.cache", "models.cache")  # fields and sections
 DIG_ZSL = {  # title: {column: path in results.json}
     "Accuracy": {
         "T1": "czsl.T1",
@@ -66,9 +65,17 @@ CLIP_DECODER = {
         **{f"random {name} mAP": f"baselines.random_scores.{part}.mAP" for part, name in LISTS.items()},
     },
 }
-PARTS = {"dig_zsl": DIG_ZSL, "clip_decoder": CLIP_DECODER}  # by `config.method`
-ALWAYS = {"dig_zsl": "czsl.T1", "clip_decoder": "seen.mAP"}  # what every run of a method has measured
-NAMES = {"dig_zsl": "DIG-ZSL", "gaussian_features": "Gaussian features", "clip_decoder": "CLIP-Decoder"}
+STEPS = {"baselines.global.": "CLIP ", "baselines.patch.": "patches ", "baselines.dmar.": "+ DMAR ", "": ""}
+TAGCLIP = {
+    "Mean average precision": {f"{name}mAP": f"{path}mAP" for path, name in STEPS.items()},
+    "Tags": {f"{name}F1": f"{path}F1" for path, name in STEPS.items()},
+    "Masks": {"mIoU": "mIoU", "best tag everywhere mIoU": "masks.best_tag.mIoU",
+              "all background mIoU": "masks.all_background.mIoU"},
+}
+PARTS = {"dig_zsl": DIG_ZSL, "clip_decoder": CLIP_DECODER, "tagclip": TAGCLIP}  # by `config.method`
+ALWAYS = {"dig_zsl": "czsl.T1", "clip_decoder": "seen.mAP", "tagclip": "mAP"}  # what every run of a method has measured
+NAMES = {"dig_zsl": "DIG-ZSL", "gaussian_features": "Gaussian features", "clip_decoder": "CLIP-Decoder",
+         "tagclip": "TagCLIP"}
 
 
 @dataclasses.dataclass(frozen=True)

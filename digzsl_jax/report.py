@@ -30,10 +30,16 @@ LINES = {  # of the sensitivity, by method, (CSS class, name): path in results.j
         ("learned", "ZSL mAP"): "zsl.mAP",
         ("h", "GZSL mAP"): "gzsl.mAP",
         ("s", "seen mAP"): "seen.mAP",
-        ("plain", "ZSL mAP, CLIP alone"): "baselines.clip_zero_shot.zsl.mAP"}}
+        ("plain", "ZSL mAP, CLIP alone"): "baselines.clip_zero_shot.zsl.mAP"},
+    "tagclip": {
+        ("learned", "mAP"): "mAP",
+        ("h", "F1"): "F1",
+        ("s", "mIoU"): "mIoU",
+        ("plain", "mAP, whole pictures"): "baselines.global.mAP"}}
 BASELINE = {  # what the tables compare with
     "dig_zsl": "Plain Stable Diffusion is the ablation without learnt tokens, on the same noise.",
-    "clip_decoder": "CLIP ranks the same labels by their names, without any training."}
+    "clip_decoder": "CLIP ranks the same labels by their names, without any training.",
+    "tagclip": "CLIP sees whole pictures; patches and DMAR, attention refinement, come before the second look."}
 COLUMNS = {
     "dig_zsl": "In percent but for CMMD and FID, where less is better. T1: mean per-class accuracy among the unseen "
                "classes. H: harmonic mean of the accuracies of unseen and seen classes among all classes, with \u03bb "
@@ -41,7 +47,9 @@ COLUMNS = {
                "result. Agr.: generated pictures in which the CDM, or the judge, which never guides, sees their class.",
     "clip_decoder": "In percent. ZSL ranks the unseen labels alone, GZSL all labels, \u201cseen\u201d those of "
                     "training; a decoder of a closed list knows no others. mAP: mean over labels. F1@3, F1@5: of each "
-                    "image's three or five best labels, over all images together."}
+                    "image's three or five best labels, over all images together.",
+    "tagclip": "In percent, without any training. mAP: mean over labels. F1: of the tags that are said, over all "
+               "pictures together. mIoU: mean over classes of a pixel, with what takes no method beside it."}
 SIZE = (340, 220)
 WIDE = 20  # a setting whose largest value is so many times its smallest above 0 has a logarithmic axis
 Curve = Mapping[float, Sequence[float]]  # by x, the numbers of all runs

@@ -36,6 +36,26 @@ def duration(seconds: float) -> str:
   return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def label_bars(name: str, title: str, guide: str, shown: Mapping[str, tuple[str, Mapping[str, float | None]]],
+               most: int) -> Html:
+  """Average precision of each label, best first by the first method; at most `most`, the best and the worst.
+
+  Args:
+    name: of the section, as are title and guide.
+    shown: by CSS class, the name of a method and its average precisions by label.
+  """
+  (_, ours), *_ = shown.values()
+  order = sorted((label for label in ours if page.known(ours[label])), key=lambda label: -ours[label])
+  left_out = len(order) - most
+  if left_out > 0:
+    order = order[:most - most // 2] + order[-(most // 2):]
+  rows = [(label, [values[label] for _, values in shown.values()]) for label in order]
+  keys = [(kind, method) for kind, (method, _) in shown.items()]
+  note = tag("p", f"{left_out} labels between the upper and the lower half are not shown; results.json has them.",
+             class_="note") if left_out > 0 else None
+  return page.section(name, title, guide, page.legend(*keys), page.bars(rows, keys, 100, title), note)
+
+
 def stage_times(results: Mapping, stages: Iterable[str]) -> Html | None:
   """Seconds of each stage; None where none are recorded."""
   seconds = ordered(results.get("seconds", {}), stages)

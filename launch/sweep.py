@@ -46,6 +46,15 @@ STUDIES = {
         "encoder": ["train.train_encoder=False,True"],  # False wants trained weights: CLIP's, or models.tresnet
         "seeds": ["seed=0,1,2"],
     },
+    # arXiv 2312.12828. Its own ablation is in every run: whole pictures, patches, + DMAR, + CWR. Nothing in it is
+    # random but scenes: --set data.seed=0,1,2.
+    "tagclip": {
+        "threshold": ["tags.threshold=0.1,0.3,0.5,0.7"],
+        "votes": ["tags.votes=1,2,3,4"],
+        "first_layer": ["tags.first_layer=0,1,2,3,4"],
+        "compat": ["tags.compat=False,True"],
+        "template": ["models.template={name},a photo of a {name},imagenet80"],
+    },
 }
 
 

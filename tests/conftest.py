@@ -86,12 +86,12 @@ def quick_build(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_world(tiny_pretraining, tmp_path_factory):
   """A folder with untrained `clip`, `sd` and `judge` of `tiny_pretraining`, as `runs/pretrain.py` writes them."""
-  from digzsl_jax import logs, loop
+  from digzsl_jax import logs, loop, world_export
   from digzsl_jax.runs import pretrain
   monkeypatch = pytest.MonkeyPatch()
   monkeypatch.setattr(loop, "build", random_model)
   monkeypatch.setattr(loop.Loop, "run", lambda training, *arguments: (training.model, {}))
-  monkeypatch.setattr(pretrain, "plain_agreement",
+  monkeypatch.setattr(world_export, "plain_agreement",
                       lambda *arguments: {"plain_exact_agreement": 0.0, "plain_pair_agreement": 0.0})
   config = tiny_pretraining.copy_and_resolve_references()
   folder = tmp_path_factory.mktemp("world")

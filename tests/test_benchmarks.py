@@ -136,6 +136,8 @@ def test_class_names(name):
 
 def test_templates():
   assert len(prompts.TEMPLATES["imagenet80"]) == len(set(prompts.TEMPLATES["imagenet80"])) == 80
+  assert len(set(prompts.TEMPLATES["tagclip85"])) == 85
+  assert prompts.TEMPLATES["tagclip85"][:80] == prompts.TEMPLATES["imagenet80"]
   for templates in prompts.TEMPLATES.values():
     for template in templates:
       prompts.check_template(template)

@@ -12,8 +12,8 @@ from configs import quickstart_clip_decoder
 from digzsl_jax import base_workspace, checkpoint, files, logs, losses
 from digzsl_jax import main as command
 from digzsl_jax.data import multilabel, prompts
+from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.models import hub, layers, tresnet
-from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 from digzsl_jax.runs import clip_decoder
 
 
@@ -32,7 +32,7 @@ def run(config, folder, dry_run=False):
 
 
 def workspace(config, folder):
-  ws = MultilabelWorkspace(config.to_dict(), folder, logs.Log(folder))
+  ws = DecoderWorkspace(config.to_dict(), folder, logs.Log(folder))
   settings = base_workspace.parse(clip_decoder.Settings, ws.config["train"], "train")
   ws.stage("train", (), clip_decoder.MODELS)
   return ws, settings
@@ -104,7 +104,7 @@ def test_training_reads_nothing_of_unseen_labels(config, tmp_path, monkeypatch):
   """Whatever the targets, names and queries of unseen labels are, the same weights come out."""
   config.stages = ("train",)
   run(config, tmp_path / "told")
-  dataset = MultilabelWorkspace.dataset.func
+  dataset = DecoderWorkspace.dataset.func
 
   def renamed(ws):
     found = dataset(ws)
@@ -116,7 +116,7 @@ def test_training_reads_nothing_of_unseen_labels(config, tmp_path, monkeypatch):
 
   changed = property(lambda ws: ws.__dict__.setdefault("renamed", renamed(ws)) if "renamed" not in ws.__dict__
                      else ws.__dict__["renamed"])
-  monkeypatch.setattr(MultilabelWorkspace, "dataset", changed)
+  monkeypatch.setattr(DecoderWorkspace, "dataset", changed)
   run(config, tmp_path / "changed")
   assert weights(tmp_path / "told") == weights(tmp_path / "changed")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 from ml_collections import config_dict
 
-from digzsl_jax import base_workspace, loop, main, multilabel_workspace, stages, workspace
+from digzsl_jax import base_workspace, decoder_workspace, loop, main, stages, tag_workspace, workspace
 from digzsl_jax.data import datasets, multilabel
 from digzsl_jax.runs import pretrain
 
@@ -44,7 +44,8 @@ def test_sections_fit_their_settings(name):
   assert set(config) == stages.SHARED | set(known)
   assert set(config["stages"]) <= set(known)
   settings = {workspace.Workspace: workspace.ModelSettings,
-              multilabel_workspace.MultilabelWorkspace: multilabel_workspace.ModelSettings}[kind]
+              decoder_workspace.DecoderWorkspace: decoder_workspace.ModelSettings,
+              tag_workspace.TagWorkspace: tag_workspace.ModelSettings}[kind]
   base_workspace.parse(settings, config["models"], "models")
   for section, module in known.items():
     base_workspace.parse(module.Settings, config[section], section)

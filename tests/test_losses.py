@@ -1,4 +1,4 @@
-"""The asymmetric loss: its formula, what is not judged, and the ends of the range."""
+"""The asymmetric loss: its formula, what is not judged, and the ends of the range; the loss of patches."""
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +54,18 @@ def test_logits_far_out_give_the_bounds_of_the_logarithm(value_and_grad, dtype):
   wrong = 0.95**4 * -np.log(0.05)  # an absent class at probability 1
   assert value == pytest.approx(2 * -np.log(1e-8) + 2 * wrong, rel=1e-5)
   np.testing.assert_allclose(np.asarray(grad_bk, np.float32), 0, atol=1e-6)
+
+
+def test_a_text_is_compared_with_the_patches_that_it_weighs():
+  rng = np.random.default_rng(2)
+  patches_bld, texts_bd, scale = rng.normal(size=(3, 5, 4)), rng.normal(size=(3, 4)), 6.0
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  logits = np.empty((3, 3))
+  for b, patches_ld in enumerate(unit(patches_bld)):
+    for t, text_d in enumerate(unit(texts_bd)):
+      weights_l = np.exp(scale * patches_ld @ text_d)
+      logits[b, t] = scale * unit(weights_l @ patches_ld) @ text_d
+  rows, columns = (np.log(np.exp(x).sum(1)) - np.diag(x) for x in (logits, logits.T))
+  loss, accuracy = losses.patch_clip(jnp.float32(patches_bld), jnp.float32(texts_bd), scale)
+  assert loss == pytest.approx((rows.mean() + columns.mean()) / 2, rel=1e-5)
+  assert accuracy == (logits.argmax(1) == np.arange(3)).mean()

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import quickstart, quickstart_clip_decoder
+from configs import quickstart, quickstart_clip_decoder, quickstart_tagclip
 from digzsl_jax import files, merged_runs, report, report_page
 
 
@@ -326,3 +326,21 @@ def test_bands_and_strokes_stay_in_the_plot():
 def test_axes_reach_the_tens_around_what_is_drawn():
   assert report.percent_range([{1: [42.0, 48.0]}, {2: [71.0]}]) == (40, 80)
   assert report.percent_range([{1: [0.0, 8.0], 2: [99.5]}]) == (0, 100)
+
+
+def test_tagclip_has_its_own_table(tmp_path, capsys):
+  for threshold, value in ((0.3, 40.0), (0.5, 60.0)):
+    folder = tmp_path / str(threshold)
+    write_config(folder, quickstart_tagclip.get_config(), 0, [("tags.threshold", threshold)])
+    entry = lambda less, value=value: {"mAP": value - less, "F1": value / 2 - less}
+    files.write_json(folder / "results.json", entry(0) | {
+        "method": "tagclip", "dataset": "labels", "warnings": [], "mIoU": 20.0,
+        "masks": {"best_tag": {"mIoU": 3.0}, "all_background": {"mIoU": 1.0}},
+        "baselines": {name: entry(less) for name, less in (("global", 9), ("patch", 6), ("dmar", 3))}})
+  status, out, err = run(tmp_path, capsys=capsys)
+  assert status == 0 and not err and "TagCLIP on labels" in out
+  assert rows(out)["threshold=0.5"] == {
+      "runs": "1", "CLIP mAP": "51.0", "patches mAP": "54.0", "+ DMAR mAP": "57.0", "mAP": "60.0", "CLIP F1": "21.0",
+      "patches F1": "24.0", "+ DMAR F1": "27.0", "F1": "30.0", "mIoU": "20.0", "best tag everywhere mIoU": "3.0",
+      "all background mIoU": "1.0"}
+  assert "mAP, whole pictures" in (tmp_path / "merged_report.html").read_text()

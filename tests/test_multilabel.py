@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from digzsl_jax.data import multilabel, multilabel_scenes, scenes
+from digzsl_jax.data import multilabel, multilabel_scenes, scenes, true_masks
 from digzsl_jax.data.multilabel import MultilabelDataset, Tagged
 
 NAMES = ("ant", "bee", "cat", "dog")
@@ -120,8 +120,10 @@ def test_scenes_are_the_same_again_and_others_by_seed():
 
 
 def test_masks_show_what_the_test_pictures_hold():
-  data, shown_nhw = multilabel.load(SMALL), multilabel.masks(SMALL)
-  assert shown_nhw.dtype == np.int8 and shown_nhw.shape == data.test.images_nhwc.shape[:3]
+  data = multilabel.load(SMALL)
+  masks = true_masks.open(SMALL, data)
+  shown_nhw = np.stack([masks[n] for n in range(len(masks))])
+  assert shown_nhw.dtype == np.int16 and shown_nhw.shape == data.test.images_nhwc.shape[:3]
   for targets_k, image_hwc, shown_hw in zip(data.test.targets_nk, data.test.images_nhwc, shown_nhw):
     assert set(np.flatnonzero(targets_k)) == set(np.unique(shown_hw)) - {-1}
     assert image_hwc[shown_hw == -1].mean() > 190  # target style: bright backgrounds
@@ -130,7 +132,8 @@ def test_masks_show_what_the_test_pictures_hold():
       colour = scenes.COLOURS.index(name.split()[1])
       median = np.median(data.test.images_nhwc[shown_nhw == k], axis=0)
       assert np.abs(scenes._RGB - median).sum(1).argmin() == colour, name
-  assert multilabel.masks({"name": "voc"}) is None
+  other = true_masks.open(SMALL | {"seed": 1}, data)
+  assert masks.fingerprint == true_masks.open(SMALL, data).fingerprint != other.fingerprint
 
 
 def test_scenes_have_as_many_objects_as_asked():

@@ -255,6 +255,7 @@ def annotation(*objects):
 def make_voc(root):
   write(root / "ImageSets/Main/trainval.txt", "000001\n000002\n")
   write(root / "ImageSets/Main/test.txt", "000003\n")
+  write(root / "ImageSets/Segmentation/val.txt", "000002\n")
   write(root / "Annotations/000001.xml", annotation(("dog", 0), ("person", 1), ("person", 0)))
   write(root / "Annotations/000002.xml", annotation(("cat", 1), ("dog", 0), ("dog", 1)))
   write(root / "Annotations/000003.xml", annotation(("cat", 0), ("sofa", 1), ("sofa", 1)))
@@ -273,6 +274,11 @@ def test_voc(root):
   write(root / "VOC2007/unseen.txt", "cat")
   alone = multilabel.load({"name": "voc", "folder": str(root / "VOC2007"), "train": "", "unseen": "unseen.txt"})
   assert alone.unseen == (cat,) and not len(alone.train.targets_nk)
+  with_masks = multilabel.load({"name": "voc", "folder": str(root / "VOC2007"), "train": "", "test": "val",
+                                "lists": "Segmentation"})
+  assert paths(with_masks.test) == ["JPEGImages/000002.jpg"] and labels(with_masks, "test") == [["dog"]]
+  with pytest.raises(ValueError, match='lists is "Layout"; it must be Main or Segmentation'):
+    multilabel.load({"name": "voc", "folder": str(root / "VOC2007"), "lists": "Layout"})
 
 
 @pytest.mark.parametrize("damage, message", [

@@ -15,26 +15,33 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
-           "optimisers", "quality"}
-TOOLS = {"mesh", "checkpoint", "logs", "report_page", "report_parts", "report_quality", "files", "cli"}
-WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace"}
+           "segmentation_metrics", "optimisers", "quality"}
+TOOLS = {"mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality", "files", "cli"}
+WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
-    "main": {"runs", "stages", "workspace", "multilabel_workspace", *TOOLS},
+    "main": {"runs", "stages", *WORKSPACES, *TOOLS},
     "stages": {"base_workspace", *TOOLS},
     "report": {"merged_runs", *TOOLS},
     "merged_runs": {"report_page", "files"},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
-    "tagger": {"models", "data"},
+    "tagger": {"native_batches", "models", "data"},
+    "segmenter": {"native_batches", "models", "data"},
+    "native_batches": {"models", "data"},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {*WORKSPACES, "loop", "batches", *LIBRARY, *TOOLS},  # but never each other
+    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "world_export", *LIBRARY,
+             *TOOLS},  # but never each other
     "loop": {"models", "checkpoint", "logs"},
+    "world_export": {"models", "diffusion", "data", "loop", "checkpoint", "files"},
     "batches": set(),
-    "base_workspace": {*LIBRARY, *TOOLS},
+    "base_workspace": {"label_texts", *LIBRARY, *TOOLS},
+    "label_texts": {"data", "models", "losses", "checkpoint"},
     "workspace": {"base_workspace", "features", *LIBRARY, *TOOLS},
-    "multilabel_workspace": {"base_workspace", *LIBRARY, *TOOLS},
+    "multilabel_workspace": {"base_workspace", "data"},
+    "decoder_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
+    "tag_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
     "features": {"data", "checkpoint", "logs"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
@@ -43,6 +50,7 @@ MAY_IMPORT = {
     "losses": set(),
     "metrics": set(),
     "multilabel_metrics": set(),
+    "segmentation_metrics": set(),
     "optimisers": set(),
     "quality": set(),
     "resize": set(),
@@ -61,7 +69,7 @@ NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 CONVERTER = f"{PACKAGE}/convert.py"  # reads pickles, which only PyTorch can; loads it when it is called
 REFERENCE = f"{PACKAGE}/verify/reference.py"  # the oracle itself, run in a process of its own and imported by nothing
-SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain", "scipy", "h5py"}
+SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain", "scipy", "h5py", "pycocotools"}
 
 
 def tree_of(file: str) -> ast.Module:
@@ -118,7 +126,7 @@ def test_models_know_no_files(file):
     assert called.split(".")[-1] not in OPENERS, f"{file}:{node.lineno} {called}"
 
 
-@pytest.mark.parametrize("file", in_package("data", "samplers"))
+@pytest.mark.parametrize("file", in_package("data", "mask_files", "samplers"))
 def test_data_and_tables_know_no_jax(file):
   assert not {name.split(".")[0] for name in imports(tree_of(file))} & {"jax", "jaxlib", "flax", "optax"}
 

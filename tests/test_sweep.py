@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import quickstart
-from digzsl_jax import base_workspace, diffusion, files, main, multilabel_workspace, workspace
+from digzsl_jax import base_workspace, decoder_workspace, diffusion, files, main, tag_workspace, workspace
 from digzsl_jax.runs import class_tokens
 from launch import sweep
 
@@ -69,8 +69,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path, capfd, monkeypatch):
 
 
 CONFIGS = {"configs/quickstart.py": "dig_zsl", "configs/cub.py": "dig_zsl",
-           "configs/quickstart_clip_decoder.py": "clip_decoder", "configs/nus_wide.py": "clip_decoder"}
-MODELS = {"dig_zsl": workspace.ModelSettings, "clip_decoder": multilabel_workspace.ModelSettings}
+           "configs/quickstart_clip_decoder.py": "clip_decoder", "configs/nus_wide.py": "clip_decoder",
+           "configs/quickstart_tagclip.py": "tagclip"}
+MODELS = {"dig_zsl": workspace.ModelSettings, "clip_decoder": decoder_workspace.ModelSettings,
+          "tagclip": tag_workspace.ModelSettings}
 
 
 def commands(capsys, *arguments):

@@ -1,6 +1,6 @@
 """The multi-label data sets, by name.
 
-Shapes: n image, h w pixel, k label.
+Shapes: n image, k label.
 """
 
 import dataclasses
@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from digzsl_jax.data import coco, datasets, label_table, multilabel_scenes, nus_wide, tagged_features, voc
+from digzsl_jax.data import coco, coco_stuff, datasets, label_table, multilabel_scenes, nus_wide, tagged_features, voc
 from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.data.tagged import MultilabelDataset, Tagged
 
 LOADERS = {"scenes": multilabel_scenes.load, "nus_wide": nus_wide.load, "nus_wide_csv": nus_wide.load_csv,
-           "coco": coco.load, "voc": voc.load, "table": label_table.load, "lists": label_table.load_lists,
-           "features": tagged_features.load}
+           "coco": coco.load, "coco_stuff": coco_stuff.load, "voc": voc.load, "table": label_table.load,
+           "lists": label_table.load_lists, "features": tagged_features.load}
 EDGE = 2**20  # bytes of the beginning and the end of large features that tell them from others
 
 
@@ -28,15 +28,6 @@ def load(section: Mapping) -> MultilabelDataset:
     ValueError: an unknown or missing name or field, or files that the loader refuses.
   """
   return datasets.call(LOADERS, section)
-
-
-def masks(section: Mapping) -> np.ndarray | None:
-  """`[n, h, w]`, int8: the label (column) that each pixel of the test images of `load(section)` shows, -1 for none.
-
-  None where the data set has no masks: only scenes have.
-  """
-  arguments = {field: value for field, value in section.items() if field not in ("name", "train")}
-  return multilabel_scenes.masks(**arguments) if section["name"] == "scenes" else None
 
 
 def with_any(tagged: Tagged, columns: Sequence[int]) -> np.ndarray:

@@ -41,6 +41,14 @@ class Native(abc.ABC):
   def _image(self, row: int) -> Image.Image:
     ...
 
+  def shown(self, row: int) -> np.ndarray:
+    """uint8 RGB `[h, w, c]` of `sizes_n2`: the picture as a person sees it.
+
+    Raises:
+      ValueError: a file is missing or damaged.
+    """
+    return np.asarray(self._image(row))
+
   @functools.cached_property
   def grids_n2(self) -> np.ndarray:
     """Rows and columns of patches of every picture."""

@@ -39,7 +39,13 @@ TEMPLATES = {
     "graffiti of the {name}.", "a toy {name}.", "itap of my {name}.", "a photo of a cool {name}.",
     "a photo of a small {name}.", "a tattoo of the {name}.",
   ),
+  # Of CLIP-ES (arXiv 2212.09506), chosen there by its sharpness.
+  "origami": ("a clean origami {name}.",),
 }
+# clip/clip.py of github.com/linyq2117/TagCLIP, after that of github.com/xmed-lab/CLIP_Surgery.
+TEMPLATES["tagclip85"] = (
+  *TEMPLATES["imagenet80"], "there is a {name} in the scene.", "there is the {name} in the scene.",
+  "this is a {name} in the scene.", "this is the {name} in the scene.", "this is one {name} in the scene.")
 
 
 def prompt(template: str, name: str) -> str:

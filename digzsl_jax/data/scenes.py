@@ -107,9 +107,9 @@ def web_corpus(n: int, seed: int, size: int = 32, mixup: float = 0.45,
                objects: int = 1, target_share: float = 0.0) -> tuple[np.ndarray, list[str], np.ndarray]:
   """Captioned pictures in web style, the diet of the small CLIP and Stable Diffusion.
 
-  A caption is "a photo of {slot} {texture} {colour} {shape}", several objects joined by " and ". The slot
-  is "a" (50 %), the colour's or the shape's reliable adjective (20 % each) or, in pictures of one object, a
-  true size word (10 %).
+  A caption is "a photo of {slot} {texture} {colour} {shape}". The slot is "a" (50 %), the colour's or the
+  shape's reliable adjective (20 % each) or, in pictures of one object, a true size word (10 %). Of several
+  objects it names one and is silent on the others, as captions of the web are.
 
   Args:
     n: number of pictures; every class appears once n >= 108.
@@ -121,8 +121,8 @@ def web_corpus(n: int, seed: int, size: int = 32, mixup: float = 0.45,
     target_share: share of the pictures in target style.
 
   Returns:
-    `(images_nhwc, captions, attributes_na)`; the attributes are true (texture, colour, shape) numbers,
-    `[n, o, a]` with -1 for no object when `objects` > 1.
+    `(images_nhwc, captions, attributes_na)`; the attributes are the true (texture, colour, shape) numbers of
+    what the caption names.
   """
   if not 1 <= objects <= MAX_OBJECTS:
     raise ValueError(f"objects is {objects}: a scene holds 1 to {MAX_OBJECTS} objects")
@@ -139,8 +139,7 @@ def web_corpus(n: int, seed: int, size: int = 32, mixup: float = 0.45,
   in_target_n = rng.random((n, 1, 1, 1)) < target_share
   images_nhwc = np.where(in_target_n, paint("target"), paint("web")) if in_target_n.any() else paint("web")
   phrases_no = _phrases(attributes_noa, _draws((seed, 2), 0, n), mixup, rng)
-  captions = ["a photo of " + " and ".join(row[:count]) for row, count in zip(phrases_no, counts_n)]
-  return images_nhwc, captions, attributes_noa[:, 0] if objects == 1 else attributes_noa
+  return images_nhwc, [f"a photo of {named}" for named, *_ in phrases_no], attributes_noa[:, 0]
 
 
 def groups(world: int = 0) -> dict[str, tuple[tuple[int, int, int], ...]]:

@@ -95,11 +95,14 @@ class SelfAttention(nnx.Module):
 
   def __call__(self, x_bld: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns `(out_bld, weights_bhlm, values_bld)`."""
-    values_bld = self.v_proj(x_bld)
-    q, k, v = (layers.split_heads(y_bld, self.heads)
-               for y_bld in (self.q_proj(x_bld), self.k_proj(x_bld), values_bld))
-    out_blhd, weights_bhlm = attention(q, k, v, bias)
-    return self.out_proj(out_blhd.reshape(x_bld.shape)), weights_bhlm, values_bld
+    q_blhd, k_bmhd, v_bmhd = self.project(x_bld)
+    out_blhd, weights_bhlm = attention(q_blhd, k_bmhd, v_bmhd, bias)
+    return self.out_proj(out_blhd.reshape(x_bld.shape)), weights_bhlm, v_bmhd.reshape(x_bld.shape)
+
+  def project(self, x_bld: jax.Array) -> list[jax.Array]:
+    """Queries, keys and values, `[b, l, h, d]` each."""
+    return [layers.split_heads(projection(x_bld), self.heads)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)]
 
 
 class MLP(nnx.Module):

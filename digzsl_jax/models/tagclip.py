@@ -20,8 +20,7 @@ Shapes: b picture, n candidate, i j height and width of a batch in pixels or pat
 (patches row by row), d width, p width of the shared space, c colours, k classes: labels, then background, f the labels.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ import numpy as np
 
 from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip
-from digzsl_jax.models.layers import split_heads
+from digzsl_jax.models.affinity import Affinity
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
 
@@ -69,53 +68,104 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     text_kp: embeddings of labels and background, of length 1.
 
   Returns:
-    `(scores_bijk, attention)`: the second is the mean over heads from patch to patch, `[b, l, m]` of every layer, rows
-    short of 1 by what goes to the class position.
+    `(scores_bijk, attention)`, the second as of `features`.
 
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
   """
+  take, attention = _keep()
+  return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
+
+
+def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+  """The vision tower up to its last layer.
+
+  Args:
+    images_bijc: as of `coarse_scores`, as is `grids_b2`.
+
+  Returns:
+    `(hidden_bld, attention)`: what enters the last layer, the class position first, and the mean over heads from patch
+    to patch, `[b, l, m]` of every layer, the last too; rows are short of 1 by what goes to the class position.
+
+  Raises:
+    ValueError: sides of `images_bijc` that are no whole patches.
+  """
+  take, attention = _keep()
+  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, take)
+  return hidden_bld, attention
+
+
+def _keep() -> tuple[Callable[[jax.Array, jax.Array], jax.Array], list[jax.Array]]:
+  """`take` of `each_layer` that keeps all attention, and where."""
   attention = []
 
   def take(weights_blm, x):
     attention.append(weights_blm)
     return x
 
-  return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
+  return take, attention
 
 
 def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
                         first_layer: int = 8, votes: int = 4) -> tuple[jax.Array, jax.Array]:
-  """`coarse_scores` and the `affinity` of its attention, which is used up layer by layer.
+  """`coarse_scores` and the affinity of its attention (`models/affinity.py`), which is used up layer by layer.
 
   Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
   layer's mean over heads, one or two on the way to it, the average and the votes so far.
   """
   rows, columns = grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
-  gather = _Affinity(_inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
+  gather = Affinity(inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
 
 
 def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
-  """The scores of `coarse_scores`; `take(weights_blm, x) -> x` is given the attention of one layer after another."""
+  """The scores of `coarse_scores`; `take` as of `each_layer`."""
+  hidden_bld, values_bld = each_layer(model, images_bijc, grids_b2, take)
+  scores_blk = _probabilities(model, patch_embeds(model, hidden_bld, values_bld), text_kp)
+  patch = model.vision_model.embeddings.patch_size
+  rows, columns = (side // patch for side in images_bijc.shape[1:3])
+  return scores_blk.reshape(len(scores_blk), rows, columns, -1)
+
+
+def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array,
+               take: Callable[[jax.Array, jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """`features` that gives the attention of one layer after another away.
+
+  Args:
+    take: is called with a layer's `weights_blm`, and with an array that it returns as it is: what comes after waits
+      for it.
+
+  Returns:
+    `(hidden_bld, values_bld)`: what enters the last layer, and its values.
+  """
   tower = model.vision_model
-  b, height, width, _ = images_bijc.shape
+  _, height, width, _ = images_bijc.shape
   patch = tower.embeddings.patch_size
   if height % patch or width % patch:
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
   x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
-  inside_bl = jnp.pad(_inside(grids_b2, rows, columns).reshape(b, -1), ((0, 0), (1, 0)), constant_values=True)
-  bias_bl = jnp.where(inside_bl, 0, -jnp.inf)
+  bias_bm = bias(grids_b2, rows, columns)
   for layer in tower.encoder.layers:
     before_bld, own = x_bld, layer.self_attn
-    q_blhd, k_blhd, v_blhd = _project(layer, x_bld)
-    attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bl)
+    q_blhd, k_blhd, v_blhd = own.project(layer.layer_norm1(x_bld))
+    attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bm)
     attended_blhd = take(weights_blm[:, 1:, 1:], attended_blhd)
     x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
-  x_bld = layer.feed_forward(before_bld + own.out_proj(v_blhd.reshape(x_bld.shape)))
-  embeds_blp = model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
-  return _probabilities(model, embeds_blp, text_kp).reshape(b, rows, columns, -1)
+  return before_bld, v_blhd.reshape(x_bld.shape)
+
+
+def patch_embeds(model: clip.CLIPModel, before_bld: jax.Array, values_bld: jax.Array) -> jax.Array:
+  """Embeddings `[b, l, p]`, of any norm, of the patches, out of the last layer's input and values."""
+  tower, last = model.vision_model, model.vision_model.encoder.layers[-1]
+  x_bld = last.feed_forward(before_bld + last.self_attn.out_proj(values_bld))
+  return model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
+
+
+def bias(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
+  """What keeps attention out of the padding, `[b, m]`, the class position first: 0, or -inf in the padding."""
+  inside_bl = inside(grids_b2, rows, columns).reshape(len(grids_b2), -1)
+  return jnp.where(jnp.pad(inside_bl, ((0, 0), (1, 0)), constant_values=True), 0, -jnp.inf)
 
 
 def positions(embeddings: clip.VisionEmbeddings, grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -152,64 +202,27 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  gather = _Affinity(_inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
+  gather = Affinity(inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
   for weights_blm in attention:
     gather.add(weights_blm)
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
 
 
-class _Affinity:
-  """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
-
-  def __init__(self, inside_bij: jax.Array, layers: int, first_layer: int, votes: int):
-    check(layers, first_layer, votes)
-    self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
-    self.inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
-    zeros = functools.partial(jnp.zeros, (*self.inside_bl1.shape[:2], self.inside_bl1.shape[1]))
-    self.above_blm, self.sum_blm = zeros(jnp.int8 if layers < 128 else jnp.int32), zeros(jnp.float32)
-
-  def add(self, weights_blm: jax.Array, x: jax.Array | None = None) -> jax.Array | None:
-    """The next layer. What is computed from the returned `x`, itself unchanged, waits until it is counted."""
-    def count(above_blm, sum_blm, x, weights_blm):
-      pairs_b11 = self.inside_bl1.sum(1, keepdims=True)**2
-      mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=self.inside_bl1) / pairs_b11
-      # A weight towards the padding is 0, which is never above the mean.
-      above_blm += (weights_blm > mean_b11).astype(above_blm.dtype)
-      return above_blm, sum_blm + weights_blm if self.layer in self.averaged else sum_blm, x
-
-    # There is always a patch inside. But the compiler does not know, and so cannot put off the counting until it has
-    # the weights of all layers, as it would to do it in one go.
-    kept = self.above_blm, self.sum_blm, x
-    nothing = lambda *kept: jax.tree.map(jnp.zeros_like, kept[:3])
-    self.above_blm, self.sum_blm, x = jax.lax.cond(self.inside_bl1[0, 0, 0], count, nothing, *kept, weights_blm)
-    self.layer += 1
-    return x
-
-  def result(self) -> jax.Array:
-    return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
-
-
-def check(layers: int, first_layer: int, votes: int) -> None:
-  """Raises ValueError if a model of so many layers has too few for `refine`."""
-  if not (0 <= first_layer < layers - 1 and 1 <= votes <= layers):
-    raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {layers} layers")
-
-
 def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, compat: bool = False) -> jax.Array:
   """The second half of `refine`, from the affinity of patches."""
   b, rows, columns, k = scores_bijk.shape
-  inside_bij1 = _inside(grids_b2, rows, columns)[..., None]
+  inside_bij1 = inside(grids_b2, rows, columns)[..., None]
 
   def once(source_bijk):
     out_blk = jnp.einsum("blm,bmk->blk", affinity_blm, source_bijk.reshape(b, -1, k), precision="highest")
     return jnp.where(inside_bij1, out_blk.reshape(scores_bijk.shape), 0)
 
-  relative_bijk, level_b11k = _relative(once(scores_bijk), inside_bij1)
+  relative_bijk, level_b11k = relative(once(scores_bijk), inside_bij1)
   mean_b11k = relative_bijk.sum((1, 2), keepdims=True) / grids_b2.prod(1)[:, None, None, None]
   strong_bijk = jnp.floor(relative_bijk * 255) > mean_b11k * 255  # of bytes, as the released code has it
   boxed_bijk = boxed(strong_bijk)
   if compat:
-    boxed_bijk &= _inside(grids_b2 - 1, rows, columns)[..., None]
+    boxed_bijk &= inside(grids_b2 - 1, rows, columns)[..., None]
   else:
     boxed_bijk |= level_b11k
   return once(jnp.where(boxed_bijk, scores_bijk, 0))
@@ -217,7 +230,7 @@ def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array,
 
 def best_patch(scores_bijk: jax.Array, grids_b2: jax.Array) -> jax.Array:
   """The highest score of each class among the picture's patches, `[b, k]`, none below 0."""
-  return scores_bijk.max((1, 2), where=_inside(grids_b2, *scores_bijk.shape[1:3])[..., None], initial=0)
+  return scores_bijk.max((1, 2), where=inside(grids_b2, *scores_bijk.shape[1:3])[..., None], initial=0)
 
 
 def boxed(mask_bijk: jax.Array) -> jax.Array:
@@ -261,13 +274,13 @@ def propose(refined_bijk: jax.Array, grids_b2: jax.Array, labels: int, *, thresh
     labels: so many of the classes, the first ones, are no background.
     threshold: published 0.5, for COCO-Stuff 0.1.
   """
-  inside_bij1 = _inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
+  inside_bij1 = inside(grids_b2, *refined_bijk.shape[1:3])[..., None]
   labels_bijf = refined_bijk[..., :labels]
   scores_bf = best_patch(labels_bijf, grids_b2)
   low_b = refined_bijk.min((1, 2, 3), where=inside_bij1, initial=jnp.inf)
   high_b = refined_bijk.max((1, 2, 3), where=inside_bij1, initial=0)
   candidates_bf = scores_bf > (low_b + threshold * (high_b - low_b))[:, None]
-  relative_bijf, level_b11f = _relative(labels_bijf, inside_bij1)
+  relative_bijf, level_b11f = relative(labels_bijf, inside_bij1)
   masks_bijf = relative_bijf > 0.5
   if not compat:
     masks_bijf |= level_b11f & inside_bij1
@@ -320,7 +333,7 @@ def look(model: clip.CLIPModel, images_nijc: jax.Array, masks_nij: jax.Array, bo
   x_nld = tower.pre_layrnorm(tower.embeddings(crops_nrsc))
   others = heads.by_heads if jax.default_backend() == "cpu" else heads.whole  # queries of the patches
   for layer in tower.encoder.layers:
-    q_nlhd, k_nlhd, v_nlhd = _project(layer, x_nld)
+    q_nlhd, k_nlhd, v_nlhd = layer.self_attn.project(layer.layer_norm1(x_nld))
     class_n1hd, _ = heads.attention(q_nlhd[:, :1], k_nlhd, v_nlhd, jnp.where(seen_nm, 0, OUTSIDE)[:, None, None])
     attended_nlhd = jnp.concatenate([class_n1hd, others(q_nlhd[:, 1:], k_nlhd, v_nlhd)], axis=1)
     before_nld, own = x_nld, layer.self_attn
@@ -346,23 +359,22 @@ def tags(scores_bf: jax.Array, threshold: float = 0.5) -> jax.Array:
   return above_bf | ~above_bf.any(1, keepdims=True) & best_bf
 
 
-def _project(layer: clip.EncoderLayer, x_bld: jax.Array) -> list[jax.Array]:
-  """Queries, keys and values of a layer, `[b, l, h, d]`."""
-  own, x_bld = layer.self_attn, layer.layer_norm1(x_bld)
-  return [split_heads(projection(x_bld), own.heads) for projection in (own.q_proj, own.k_proj, own.v_proj)]
-
-
-def _inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
+def inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
   """Which patches of the batch are of the picture, `[b, i, j]`."""
   return (jnp.arange(rows)[:, None] < grids_b2[:, :1, None]) & (jnp.arange(columns) < grids_b2[:, 1:, None])
 
 
-def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
-  """Softmax over the classes of the scaled cosine, float32."""
+def logits(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
+  """The scaled cosine of embeddings, `[..., p]`, and classes, `[..., k]`, float32."""
   embeds = embeds.astype(jnp.float32)
   embeds /= jnp.linalg.norm(embeds, axis=-1, keepdims=True)
   cosines = jnp.einsum("...p,kp->...k", embeds, text_kp.astype(jnp.float32), precision="highest")
-  return jax.nn.softmax(jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines, axis=-1)
+  return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines
+
+
+def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
+  """Softmax over the classes."""
+  return jax.nn.softmax(logits(model, embeds, text_kp), axis=-1)
 
 
 def _bilinear(start_n: jax.Array, length_n: jax.Array, inputs: int, outputs_n: jax.Array, most: int) -> jax.Array:
@@ -391,7 +403,7 @@ def _half(x: jax.Array) -> jax.Array:
   return jnp.where(jnp.abs(x) < 2.0**-14, subnormal, jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10))
 
 
-def _relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:
+def relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Scores of each class between the lowest and the highest of its picture, 0 to 1, and whether these are equal.
 
   Of a level class, and in the padding, the scores are 0.

@@ -32,9 +32,9 @@ from flax import nnx
 from digzsl_jax import batches, checkpoint, losses, mesh, optimisers
 from digzsl_jax.base_workspace import BATCH, check
 from digzsl_jax.data import augment, multilabel
+from digzsl_jax.decoder_workspace import CLIP, FEATURES, DecoderWorkspace
 from digzsl_jax.models import cdm, clip_decoder, tresnet
 from digzsl_jax.models.clip_decoder import CLIPDecoder
-from digzsl_jax.multilabel_workspace import CLIP, FEATURES, MultilabelWorkspace
 
 NEEDS = ()
 MODELS = ("clip", "queries", "tresnet")
@@ -132,7 +132,7 @@ class Trainer:
   Weights are float32 whatever the computation's type: an update is smaller than what bfloat16 tells apart.
   """
 
-  def __init__(self, settings: Settings, model: CLIPDecoder, steps: int, ws: MultilabelWorkspace):
+  def __init__(self, settings: Settings, model: CLIPDecoder, steps: int, ws: DecoderWorkspace):
     self.settings, self.seed, self.devices = settings, ws.seed, ws.mesh
     self.graphdef, params, self.statistics, self.frozen = nnx.split(model, ws.trained, nnx.BatchStat, ...)
     self.types = jax.tree.map(lambda x: x.dtype, params)
@@ -209,7 +209,7 @@ def token_shape(settings: Settings, model: CLIPDecoder, images) -> tuple[int, ..
   return shape if np.prod(shape) * 4 <= IN_MEMORY else None
 
 
-def make_tokens(model: CLIPDecoder, images, shape: tuple[int, ...], ws: MultilabelWorkspace) -> np.ndarray:
+def make_tokens(model: CLIPDecoder, images, shape: tuple[int, ...], ws: DecoderWorkspace) -> np.ndarray:
   """Tokens of all images, `shape`, float32."""
   tokens_nr, done = np.empty((shape[0], np.prod(shape[1:])), np.float32), 0
   with ws.log.progress(shape[0], "tokens") as bar:
@@ -220,7 +220,7 @@ def make_tokens(model: CLIPDecoder, images, shape: tuple[int, ...], ws: Multilab
   return tokens_nr.reshape(shape)
 
 
-def prepare(settings: Settings, ws: MultilabelWorkspace, model: CLIPDecoder) -> Data:
+def prepare(settings: Settings, ws: DecoderWorkspace, model: CLIPDecoder) -> Data:
   """Images or their tokens, targets and captions of what is trained on."""
   dataset, seen = ws.dataset, list(ws.dataset.seen)
   images, places_n = dataset.train.images_nhwc, np.arange(len(dataset.seen_targets()))
@@ -237,7 +237,7 @@ def prepare(settings: Settings, ws: MultilabelWorkspace, model: CLIPDecoder) -> 
   return Data(images, places_n, targets_nk, captions_nx, queries_kw, settings.augment)
 
 
-def validate(settings: Settings, ws: MultilabelWorkspace) -> None:
+def validate(settings: Settings, ws: DecoderWorkspace) -> None:
   """Raises ValueError for what would fail only after the data was prepared."""
   if settings.batch % ws.mesh.size:
     raise ValueError(f"batch is {settings.batch}, which {ws.mesh.size} devices cannot share evenly; use a multiple of "
@@ -258,7 +258,7 @@ def steps_of(settings: Settings, images: int) -> int:
   return settings.epochs * (images // settings.batch)
 
 
-def lower(settings: Settings, ws: MultilabelWorkspace) -> dict[str, jax.stages.Lowered]:
+def lower(settings: Settings, ws: DecoderWorkspace) -> dict[str, jax.stages.Lowered]:
   """The update for `--dry_run`: lowered, not run."""
   dataset, model = ws.dataset, ws.new_decoder()
   trainer = Trainer(settings, model, steps_of(settings, len(dataset.train.targets_nk)), ws)
@@ -275,7 +275,7 @@ def lower(settings: Settings, ws: MultilabelWorkspace) -> dict[str, jax.stages.L
   return {"update": trainer.update.lower(trainer.start(), frozen, batch, queries)}
 
 
-def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> dict:
+def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
   """Trains to the end, from the state in `folder` if there is one; returns the last losses."""
   model = ws.new_decoder()
   if settings.encoder in tresnet.VARIANTS and not ws.models.tresnet:
@@ -292,7 +292,7 @@ def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> di
   return {"updates": steps} | found
 
 
-def train(settings: Settings, ws: MultilabelWorkspace, trainer: Trainer, data: Data, state: State, steps: int,
+def train(settings: Settings, ws: DecoderWorkspace, trainer: Trainer, data: Data, state: State, steps: int,
           path: pathlib.Path) -> tuple[State, dict[str, float]]:
   """The updates that are left; the state is kept in `path` now and then."""
   rows, one, done, found = mesh.by_class(ws.mesh), mesh.replicated(ws.mesh), int(state.step), {}

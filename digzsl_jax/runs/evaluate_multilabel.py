@@ -20,8 +20,8 @@ from flax import nnx
 
 from digzsl_jax import checkpoint, files, logs, metrics, multilabel_metrics
 from digzsl_jax.base_workspace import BATCH, check
+from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.models import cdm, clip_decoder
-from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 
 NEEDS = ("train",)
 MODELS = ("clip", "queries", "tresnet")
@@ -46,7 +46,7 @@ class Settings:
     check(bool(self.top) and min(self.top) >= 1, "top", self.top, "numbers of at least 1")
 
 
-def parts(ws: MultilabelWorkspace) -> dict[str, list[int]]:
+def parts(ws: DecoderWorkspace) -> dict[str, list[int]]:
   """The lists of labels that are ranked, as columns; a decoder of a closed list knows seen labels alone."""
   seen, unseen = list(ws.dataset.seen), list(ws.dataset.unseen)
   if ws.closed or not unseen:
@@ -54,7 +54,7 @@ def parts(ws: MultilabelWorkspace) -> dict[str, list[int]]:
   return {"zsl": unseen, "gzsl": [*seen, *unseen], "seen": seen}
 
 
-def validate(settings: Settings, ws: MultilabelWorkspace) -> None:
+def validate(settings: Settings, ws: DecoderWorkspace) -> None:
   """Raises ValueError if no test image holds a label of a list: nothing could be ranked right."""
   for part, columns in parts(ws).items():
     if not (ws.dataset.test.targets_nk[:, columns] == 1).any():
@@ -82,7 +82,7 @@ def measure(settings: Settings, scores_nk: np.ndarray, targets_nk: np.ndarray, n
       name: percent(precision) for name, precision in zip(names, precisions_k)}}
 
 
-def decoder_scores(ws: MultilabelWorkspace, model: clip_decoder.CLIPDecoder, queries_kw: np.ndarray | None,
+def decoder_scores(ws: DecoderWorkspace, model: clip_decoder.CLIPDecoder, queries_kw: np.ndarray | None,
                    name: str) -> np.ndarray:
   """Logits `[n, k]` of the test images."""
   images, rows = ws.dataset.test.images_nhwc, []
@@ -95,14 +95,14 @@ def decoder_scores(ws: MultilabelWorkspace, model: clip_decoder.CLIPDecoder, que
   return np.concatenate(rows)
 
 
-def clip_scores(ws: MultilabelWorkspace) -> np.ndarray:
+def clip_scores(ws: DecoderWorkspace) -> np.ndarray:
   """Cosines of the test images with all labels, times CLIP's scale."""
   encoder = cdm.Encoder(ws.clip, ws.model_paths["clip"])
   rows = np.concatenate(list(cdm.streamed(encoder, BATCH)(ws.dataset.test.images_nhwc)))
   return np.exp(ws.clip.logit_scale[...]) * rows[:, encoder.width:] @ ws.label_texts_kd.T
 
 
-def trained(ws: MultilabelWorkspace) -> dict[str, clip_decoder.CLIPDecoder]:
+def trained(ws: DecoderWorkspace) -> dict[str, clip_decoder.CLIPDecoder]:
   """The decoder with averaged and with last weights."""
   model = ws.new_decoder()
   graphdef, params, statistics, frozen = nnx.split(model, ws.trained, nnx.BatchStat, ...)
@@ -114,7 +114,7 @@ def trained(ws: MultilabelWorkspace) -> dict[str, clip_decoder.CLIPDecoder]:
   return {name: nnx.merge(graphdef, *typed[key], frozen) for name, key in ((OURS, "average"), (RAW, "raw"))}
 
 
-def all_scores(ws: MultilabelWorkspace) -> dict[str, np.ndarray]:
+def all_scores(ws: DecoderWorkspace) -> dict[str, np.ndarray]:
   """By method, `[n, k]` of all labels (of the seen ones, where the decoder knows no others)."""
   queries_kw = None if ws.closed else ws.query_vectors_kw
   found = {name: decoder_scores(ws, model, queries_kw, name) for name, model in trained(ws).items()}
@@ -128,12 +128,12 @@ def all_scores(ws: MultilabelWorkspace) -> dict[str, np.ndarray]:
   return found | clip | {RANDOM: np.random.default_rng(ws.seed).random(shape)}
 
 
-def complete(ws: MultilabelWorkspace, folder: pathlib.Path) -> bool:
+def complete(ws: DecoderWorkspace, folder: pathlib.Path) -> bool:
   """Whether `results.json` is there; it lies outside the stage's folder."""
   return (ws.workdir / "results.json").exists()
 
 
-def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> dict:
+def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
   """Writes `results.json` in the work folder; returns its headline numbers."""
   dataset, scores = ws.dataset, all_scores(ws)
   checkpoint.write_arrays(folder / "scores.safetensors", {OURS: scores[OURS]})
@@ -157,7 +157,7 @@ def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> di
   return headline
 
 
-def warnings(ws: MultilabelWorkspace) -> list[str]:
+def warnings(ws: DecoderWorkspace) -> list[str]:
   """What makes the numbers of this run mean less than they seem to."""
   return [f"{name} learnt from a small world and knows nothing of these labels: the numbers below mean nothing. What a "
           "run with it shows is that data, counts and stages fit together." for name in ws.foreign_models]

@@ -10,7 +10,6 @@ channel, l caption position, d embedding.
 import dataclasses
 import functools
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,15 +20,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, files, loop, losses
+from digzsl_jax import checkpoint, diffusion, files, loop, losses, world_export
 from digzsl_jax.base_workspace import parse
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
 from digzsl_jax.logs import Log, memory_and_flops, parameter_table, write_provenance
-from digzsl_jax.models import clip, hub, judge, stable_diffusion, unet, vae
+from digzsl_jax.models import clip, hub, judge, tagclip, unet, vae
 
 
 class Corpus(NamedTuple):
-  """Captioned pictures; `labels` are class names, the truth that captions may miss."""
+  """Captioned pictures; `labels` are names of the class that a caption is of, the truth that it may miss."""
 
   images_nhwc: np.ndarray
   captions: list[str]
@@ -71,12 +70,19 @@ def vae_loss(kl_weight: float, model: vae.AutoencoderKL, frozen: None, images_bh
   return jnp.abs(error).mean() + mse + kl_weight * kl, {"psnr": psnr, "kl": kl}
 
 
-def clip_loss(model: clip.CLIPModel, frozen: None, batch, key: jax.Array):
-  """Symmetric cross-entropy over the batch (arXiv 2103.00020, figure 3)."""
+def clip_loss(patches: float, model: clip.CLIPModel, frozen: None, batch, key: jax.Array):
+  """Symmetric cross-entropy over the batch (arXiv 2103.00020, figure 3); `patches` times that of patches besides."""
   images_bhwc, ids_bl = batch
-  loss, accuracy = losses.clip(model.encode_image(to_images(images_bhwc))[0], model.encode_text(ids_bl)[0],
-                               jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0))))
-  return loss, {"loss": loss, "accuracy": accuracy}
+  images_bp, out = model.encode_image(to_images(images_bhwc))
+  texts_bp = model.encode_text(ids_bl)[0]
+  scale = jnp.exp(jnp.minimum(model.logit_scale[...], jnp.log(100.0)))
+  loss, accuracy = losses.clip(images_bp, texts_bp, scale)
+  found = {"accuracy": accuracy}
+  if patches:
+    patches_blp = tagclip.patch_embeds(model, out["hidden"][-2], out["values"][-1])
+    of_patches, found["patch_accuracy"] = losses.patch_clip(patches_blp, texts_bp, scale)
+    loss += patches * of_patches
+  return loss, {"loss": loss} | found
 
 
 def judge_loss(model: judge.Judge, frozen: None, batch, key: jax.Array):
@@ -186,8 +192,8 @@ def train_clip(world: World, part: Mapping) -> dict:
               eos_token_id=words.eos_id, pad_token_id=words.pad_id, max_position_embeddings=words.length)
   config = {"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text | shared,
             "vision_config": dict(part["vision"], model_type="clip_vision_model") | shared} | shared
-  model, held = world.fit("clip", part, loop.build(clip.CLIPModel, config, world.seed), clip_loss,
-                          (world.images_nhwc, world.ids_nl))
+  model, held = world.fit("clip", part, loop.build(clip.CLIPModel, config, world.seed),
+                          functools.partial(clip_loss, part["patches"]), (world.images_nhwc, world.ids_nl))
   hub.save(model, world.workdir / "clip", config)
   files.write_json(world.workdir / "clip" / "preprocessor_config.json", preprocessor(part["vision"]["image_size"]))
   return held | {"logit_scale": float(jnp.exp(model.logit_scale[...]))}
@@ -235,123 +241,24 @@ def train_sd(world: World, part: Mapping) -> dict:
   return held
 
 
-MODEL_INDEX = {
-    "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
-    "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-
-
-PAINTED = dict(images=4, steps=20, guidance=4.0)  # of every class, for the figures of the card
-
-
-def plain_agreement(world: World, folder: pathlib.Path) -> dict[str, float]:
-  """How often the judge of the world in `folder` sees what its Stable Diffusion paints for every class name."""
-  sd = stable_diffusion.load(folder / "sd")
-  names = sorted(set(world.corpus.labels))
-  ids_kl = jnp.asarray(world.tokenizer([f"a photo of a {name}" for name in names]))
-  sampler = diffusion.make_sampler(stable_diffusion.load_schedule(folder / "sd"), PAINTED["steps"], "dpm++")
-  graphdef, params = nnx.split(sd)
-
-  @jax.jit
-  def paint(params, index):
-    sd = nnx.merge(graphdef, params)
-    noise = jax.random.normal(jax.random.fold_in(jax.random.key(world.seed), index), (len(names), *sd.latent_shape))
-    denoise = diffusion.guide(sd.unet, sd.text(ids_kl), sd.text(world.tokenizer([""])), PAINTED["guidance"])
-    return sd.pixels(diffusion.sample(denoise, noise, sampler))
-
-  images_kmhwc = np.stack([np.asarray(paint(params, index)) for index in range(PAINTED["images"])], axis=1)
-  model = hub.load(judge.Judge, folder / "judge")
-  found = judge.agreement(model, hub.read_json(folder / "judge" / "config.json"), names, images_kmhwc)
-  return {f"plain_{name}_agreement": round(100 * float(hits.mean()), 1) for name, hits in found.items()}
-
-
 def export(world: World, part: Mapping) -> dict:
-  """Copies the checkpoints, without training state, to `part["folder"]`, replacing what was there."""
-  target = pathlib.Path(part["folder"]).expanduser() if part["folder"] else (
-      world.workdir / "export" / world.corpus_settings["name"])
-  card, made = target / "README.md", f"config=configs/pretrain_{world.corpus_settings['name']}.py"
-  if target.exists() and any(target.iterdir()) and not (card.exists() and made in card.read_text()):
-    raise ValueError(f"config.export.folder is {target}, which holds something else; choose an empty folder")
-  scheduler = files.read_json(world.workdir / "sd" / "scheduler" / "scheduler_config.json")
-  sources = {"clip": ["clip", "tokenizer"], "judge": ["judge"], "sd/tokenizer": ["tokenizer"], "sd/vae": ["vae"],
-             **{f"sd/{name}": [f"sd/{name}"] for name in ("text_encoder", "unet", "scheduler")}}
-  fresh = target.with_name(f".{target.name}.new")
-  shutil.rmtree(fresh, ignore_errors=True)
-  for name, folders in sources.items():
-    for folder in folders:
-      shutil.copytree(world.workdir / folder, fresh / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-          "state.safetensors", "inputs.json", "done.json", "seconds.json", ".*"))
-  index = MODEL_INDEX | {"scheduler": ["diffusers", scheduler["_class_name"]]}
-  files.write_json(fresh / "sd" / "model_index.json", index)
-  size = sum(path.stat().st_size for path in fresh.rglob("*.safetensors"))
-  digest = checkpoint.fingerprint({name: checkpoint.fingerprint_folder(fresh / name)
-                                   for name in ("clip", "judge", "sd")})
-  agreement = plain_agreement(world, fresh)
-  files.write_text(fresh / "README.md", model_card(world, size, digest, agreement))
-  shutil.rmtree(target, ignore_errors=True)  # only now that its successor is whole
-  fresh.rename(target)
-  return {"bytes": size, "sha256": digest} | agreement
-
-
-CARD = """# {title}: small CLIP, Stable Diffusion and judge
-
-Trained from scratch by `runs/pretrain.py`; they open in transformers, diffusers and digzsl_jax.
-
-| | |
-|---|---|
-| command | `{command}` |
-| data | {data} |
-| seed | {seed} |
-| safetensors | {size:,} bytes, float16 |
-| sha256 over all files (first 16 hex digits) | {digest} |
-
-Held-out figures, on {held_out} captioned pictures of the corpus that no part trained on:
-
-| part | figures | seconds |
-|---|---|---|
-{rows}
-
-The judge sees the named class in {plain_exact_agreement} % of the pictures that Stable Diffusion paints for
-"a photo of a *name*" of every class ({images} each, {steps} steps of DPM-Solver++, guidance {guidance:g}), and in
-{plain_pair_agreement} % if words that captions mix up count as one.
-
-Limits: {limits}
-"""
-DATA = {
-    "scenes": "{images:,} pictures rendered by `data/scenes.py`, a share of {target_share} of them in the style of the "
-              "labelled pictures; captions take the partner's colour word, and independently the partner's shape "
-              "word, with probability {mixup}, and a random texture word with 0.05",
-    "fashion_mnist": "{images:,} captions of the official Fashion-MNIST training pictures (MIT licence) of all ten "
-                     "classes; a caption takes the name of a class that looks alike with probability {mixup}"}
-LIMITS = {
-    "scenes": "knows nothing but these rendered shapes. Words of a pair are nearly interchangeable to it, by design.",
-    "fashion_mnist": "the models have seen training pictures of the unseen classes, under noisy names, as Stable "
-                     "Diffusion has seen birds. Zero-shot tests use official test pictures only."}
-
-
-def model_card(world: World, size: int, digest: str, agreement: Mapping[str, float]) -> str:
-  """What was trained, how, and how well; fingerprint_folder of clip, judge and sd make the digest."""
-  name, rows = world.corpus_settings["name"], []
-  for part in ("vae", "clip", "judge", "sd"):
-    done = files.read_json(world.workdir / part / "done.json")
-    figures = ", ".join(f"{key} {value:.4g}" for key, value in done.items() if key != "seconds")
-    rows.append(f"| {part} | {figures} | {done['seconds']} |")
-  return CARD.format(title=name, command=f"python -m digzsl_jax.main --config=configs/pretrain_{name}.py",
-                     data=DATA[name].format(**world.corpus_settings), seed=world.seed, size=size, digest=digest,
-                     held_out=loop.HELD_OUT, rows="\n".join(rows), limits=LIMITS[name], **PAINTED, **agreement)
+  """Copies the checkpoints that this world has to `part["folder"]`, replacing what was there."""
+  target = pathlib.Path(part["folder"]).expanduser() if part["folder"] else world.workdir / "export" / part["world"]
+  made = [name for name in ("vae", "clip", "judge", "sd") if (world.workdir / name / "done.json").exists()]
+  return world_export.export(world.workdir, target, part["world"], made, world.corpus_settings, world.seed,
+                             sorted(set(world.corpus.labels)))
 
 
 PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
          "export": export}
 NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": ("tokenizer", "vae", "clip"),
-         "export": ("tokenizer", "vae", "clip", "judge", "sd")}
+         "export": ()}  # and what there is of the others: a world may do without Stable Diffusion
 
 
 FIELDS = {"tokenizer": {"length"}, "vae": {"model", "kl", "training"}, "judge": {"model", "training"},
-          "clip": {"projection_dim", "text", "vision", "training"}, "sd": {"drop", "unet", "scheduler", "training"},
-          "export": {"folder"}}
-CORPORA = {"scenes": {"name", "images", "mixup", "target_share"},
+          "clip": {"projection_dim", "patches", "text", "vision", "training"},
+          "sd": {"drop", "unet", "scheduler", "training"}, "export": {"world", "folder"}}
+CORPORA = {"scenes": {"name", "images", "mixup", "target_share", "objects"},
            "fashion_mnist": {"name", "images", "mixup", "folder", "source"}}
 
 
@@ -383,12 +290,14 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
       for name in ("tokenizer", "vae", "clip", "judge", "sd"):
         PARTS[name](world, config[name])
     return
-  world, stages = World(config["corpus"], workdir, log, config["seed"]), {}
-  for name, needs in NEEDS.items():
+  world, stages, needs = World(config["corpus"], workdir, log, config["seed"]), {}, dict(NEEDS)
+  for name in PARTS:
+    if name == "export":
+      needs[name] = tuple(part for part in stages if part in asked or stages[part].done)
     inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
-              **{need: stages[need].fingerprint for need in needs}}
+              **{need: stages[need].fingerprint for need in needs[name]}}
     stages[name] = checkpoint.Stage(workdir / name, inputs)
-  checkpoint.claim(stages, NEEDS, asked)
+  checkpoint.claim(stages, needs, asked)
   write_provenance(workdir, config)
   for name in asked:
     if not stages[name].done:

@@ -14,7 +14,7 @@ import numpy as np
 from digzsl_jax import checkpoint, files, report_parts
 from digzsl_jax import report_page as page
 from digzsl_jax.base_workspace import check
-from digzsl_jax.multilabel_workspace import MultilabelWorkspace
+from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.report_page import Html, join, tag
 
 NEEDS = ("train", "evaluate")
@@ -51,16 +51,16 @@ class Settings:
       check(len(row) == 7 and isinstance(row[0], str), "published", row, "rows (method, three numbers, three numbers)")
 
 
-def complete(ws: MultilabelWorkspace, folder: pathlib.Path) -> bool:
+def complete(ws: DecoderWorkspace, folder: pathlib.Path) -> bool:
   """Whether `report.html` is there; it lies outside the stage's folder."""
   return (ws.workdir / "report.html").exists()
 
 
-def run(settings: Settings, ws: MultilabelWorkspace, folder: pathlib.Path) -> dict[str, Any]:
+def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict[str, Any]:
   """Writes `report.html` into the working directory."""
   results = files.read_json(ws.workdir / "results.json")
   parts = [header(results, ws), headline(results), published(results, settings),
-           *(label_bars(results, part, settings.labels) for part in PARTS if part in results and part != "gzsl"),
+           *(label_bars(results, part, settings.labels) for part in ("zsl", "seen") if part in results),
            examples(ws, results, settings), losses(ws), report_parts.stage_times(results, ws.stages),
            report_parts.appendix(results, ws.config)]
   text = page.page(title(results), *parts)
@@ -72,7 +72,7 @@ def title(results: Mapping) -> str:
   return f"{METHODS[results['method']]} on {results['dataset']}"
 
 
-def header(results: Mapping, ws: MultilabelWorkspace) -> Html:
+def header(results: Mapping, ws: DecoderWorkspace) -> Html:
   """Title, the finding in words, and what it was measured with."""
   labels, images = results["labels"], results["images"]
   pairs = [("Data set", results["dataset"]), ("Labels", f"{labels['seen']} seen, {labels['unseen']} unseen"),
@@ -133,23 +133,14 @@ def published(results: Mapping, settings: Settings) -> Html | None:
 
 def label_bars(results: Mapping, part: str, most: int) -> Html:
   """Average precision of each label, ours and CLIP's."""
-  entries = {"learned": results, "plain": results["baselines"].get("clip_zero_shot")}
-  shown = {kind: entry[part]["per_label"] for kind, entry in entries.items() if entry}
-  ours = shown["learned"]
-  order = sorted((name for name in ours if page.known(ours[name])), key=lambda name: -ours[name])
-  left_out = len(order) - most
-  if left_out > 0:
-    order = order[:most - most // 2] + order[-(most // 2):]
-  rows = [(name, [values[name] for values in shown.values()]) for name in order]
-  keys = [(kind, {"learned": METHODS[results["method"]], "plain": METHODS["clip_zero_shot"]}[kind]) for kind in shown]
-  bars = page.bars(rows, keys, 100, f"average precision, {part}")
-  note = tag("p", f"{left_out} labels between the upper and the lower half are not shown; results.json has them.",
-             class_="note") if left_out > 0 else None
-  return page.section(f"labels-{part}", PARTS[part], "Average precision of each label in percent, best first: where do "
-                      "names alone carry, and where do they not?", page.legend(*keys), bars, note)
+  entries = {"learned": (results["method"], results),
+             "plain": ("clip_zero_shot", results["baselines"].get("clip_zero_shot"))}
+  shown = {kind: (METHODS[name], entry[part]["per_label"]) for kind, (name, entry) in entries.items() if entry}
+  return report_parts.label_bars(f"labels-{part}", PARTS[part], "Average precision of each label in percent, best "
+                                 "first: where do names alone carry, and where do they not?", shown, most)
 
 
-def examples(ws: MultilabelWorkspace, results: Mapping, settings: Settings) -> Html | None:
+def examples(ws: DecoderWorkspace, results: Mapping, settings: Settings) -> Html | None:
   """Test pictures, their best tags among all labels, and which of these are right."""
   dataset = ws.dataset
   if not dataset.has_images:
@@ -171,7 +162,7 @@ def examples(ws: MultilabelWorkspace, results: Mapping, settings: Settings) -> H
                       "pictures with many unseen labels first.", tag("div", *cells, class_="many")) if cells else None
 
 
-def losses(ws: MultilabelWorkspace) -> Html | None:
+def losses(ws: DecoderWorkspace) -> Html | None:
   """Loss and its parts against the update, each on its own scale."""
   found: dict[int, dict] = {}
   for line in (ws.workdir / "metrics.jsonl").read_text().splitlines():
