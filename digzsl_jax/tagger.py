@@ -6,7 +6,8 @@ the bucket they are of; their pictures wait with them, as bytes and at most a gr
 
 Memory of a device in `_first`, beside weights, is for each of its pictures, N patches after padding, one layer's
 activations, about `4 N (intermediate_size + 5 hidden_size)` bytes, and about `20 N^2` of `tagclip.scores_and_affinity`:
-of ViT-B/16 in float32 45 MiB at 480x640 and 67 MiB at 640x640, as compiled for a CPU. In `_second` it is 11 MiB a crop.
+of ViT-B/16 in float32 some 50 MiB at 480x640 and 75 MiB at 640x640, as compiled for a CPU. In `_second` it is 11 MiB a
+crop.
 
 Shapes: b picture of a batch, n candidate, i j height and width in pixels or patches, c colours, f labels, k classes:
 labels, then background, p width of the shared space.
@@ -24,7 +25,7 @@ import numpy as np
 
 from digzsl_jax import native_batches
 from digzsl_jax.data.native import Bucket, Native
-from digzsl_jax.models import tagclip
+from digzsl_jax.models import affinity, tagclip
 from digzsl_jax.models.cdm import Preprocess
 from digzsl_jax.models.clip import CLIPModel
 
@@ -105,7 +106,7 @@ class Tagger:
       ValueError: sizes that do not fit each other or the model.
     """
     layers = len(model.vision_model.encoder.layers)
-    tagclip.check(layers, rules.first_layer, rules.votes)
+    affinity.check(layers, rules.first_layer, rules.votes)
     on_cpu = jax.default_backend() == "cpu"
     pictures = (1 if on_cpu else 8) if pictures is None else pictures
     crops = (4 if on_cpu else 32) if crops is None else crops

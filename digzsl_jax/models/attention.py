@@ -60,32 +60,30 @@ def _in_blocks(block, queries: jax.Array) -> jax.Array:
   return out.reshape(count * size, *rest)[:length]
 
 
-def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array | None = None) -> jax.Array:
-  """One block of queries after another; `bias_bm` is added to the logits of every query and head."""
-  bias_b11m = None if bias_bm is None else bias_bm[:, None, None]
-  block = lambda q_nbhd: jnp.moveaxis(attention(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd, bias_b11m)[0], 1, 0)
+def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
+  """One block of queries after another."""
+  block = lambda q_nbhd: jnp.moveaxis(whole(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd), 1, 0)
   return jnp.moveaxis(_in_blocks(block, jnp.moveaxis(q_blhd, 1, 0)), 0, 1)
 
 
-def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array | None = None) -> jax.Array:
-  """`by_queries` of one head of one row after another, as products of plain matrices.
+def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
+  """One head of one row after another, each by blocks of queries, as products of plain matrices.
 
   XLA:CPU is several times slower at products with batch axes, be they of size one.
   """
   b, queries, h, d = q_blhd.shape
   dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
 
-  def head(row):
-    q_ld, k_md, v_md, *bias_m = row
+  def head(qkv):
+    q_ld, k_md, v_md = qkv
 
     def block(q_nd):
-      weights_nm = softmax(sum(bias_m, start=dot(q_nd, k_md.T) * d**-0.5))
+      weights_nm = softmax(dot(q_nd, k_md.T) * d**-0.5)
       return dot(weights_nm.astype(v_md.dtype), v_md).astype(v_md.dtype)
 
     return _in_blocks(block, q_ld)
 
-  rows = [jnp.moveaxis(x, 2, 1).reshape(b * h, -1, d) for x in (q_blhd, k_bmhd, v_bmhd)]
-  rows += [] if bias_bm is None else [jnp.repeat(bias_bm, h, axis=0)]
+  rows = tuple(jnp.moveaxis(x, 2, 1).reshape(b * h, -1, d) for x in (q_blhd, k_bmhd, v_bmhd))
   return jnp.moveaxis(jax.lax.map(head, rows).reshape(b, h, queries, d), 1, 2)
 
 
@@ -101,33 +99,54 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   h, d = q_blhd.shape[2:]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-  # Constant zeros would be written for all layers of a model before the first one is computed, and what comes out takes
-  # the place of the queries, so that memory does not grow with the number of layers.
-  def zeros(q_hld, bias_m):
-    return 0 * q_hld[0, ..., :1].astype(jnp.float32) + jnp.zeros(bias_m.shape[-1])
+  def one(q_ld, k_md, v_md, bias_m):
+    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
+    return weights_lm, product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+
+  # Both sums and outputs start from what the queries give: XLA would write constant zeros for all layers of a model
+  # before it computes the first one, and memory would grow with their number.
+  def zeros(q_ld, bias_m):
+    return 0 * q_ld[..., :1].astype(jnp.float32) + jnp.zeros(bias_m.shape[-1])
 
   def heads(q_hld, k_hmd, v_hmd, bias_m):
-    def one(head, carry):
+    def add(carry, head):
+      place, *qkv = head
       sum_lm, out_hld = carry
-      logits_lm = product("...ld,...md->...lm", out_hld[head], k_hmd[head]) * d**-0.5
-      weights_lm = softmax(logits_lm + bias_m)
-      out_ld = product("...lm,...md->...ld", weights_lm.astype(v_hmd.dtype), v_hmd[head])
-      return sum_lm + weights_lm, out_hld.at[head].set(out_ld.astype(v_hmd.dtype))
+      weights_lm, out_ld = one(*qkv, bias_m)
+      return (sum_lm + weights_lm, out_hld.at[place].set(out_ld)), None
 
-    sum_lm, out_hld = jax.lax.fori_loop(0, h, one, (zeros(q_hld, bias_m), q_hld))
+    (sum_lm, out_hld), _ = jax.lax.scan(add, (zeros(q_hld[0], bias_m), q_hld), (jnp.arange(h), q_hld, k_hmd, v_hmd))
     return sum_lm / h, out_hld
 
   def one_row(row, carry):
-    found = heads(carry[1][row], k[row], v[row], bias_bm[row])
-    return jax.tree.map(lambda kept, new: kept.at[row].set(new), carry, found)
+    return jax.tree.map(lambda kept, new: kept.at[row].set(new), carry, heads(q[row], k[row], v[row], bias_bm[row]))
 
   if jax.default_backend() == "cpu":
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd))
-    mean_blm, out_bhld = jax.lax.fori_loop(0, len(q), one_row, (zeros(jnp.moveaxis(q, 1, 0), bias_bm), q))
+    mean_blm, out_bhld = jax.lax.fori_loop(0, len(q), one_row, (zeros(q[:, 0], bias_bm), q))
     return jnp.moveaxis(out_bhld, 1, 2), mean_blm
   q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd))
   mean_blm, out_hbld = heads(q, k, v, bias_bm[:, None])
   return jnp.moveaxis(out_hbld, 0, 2), mean_blm
+
+
+def masked(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array) -> jax.Array:
+  """The first of what `with_mean` gives, where a gradient is wanted: the way back computes a head's weights again."""
+  d, product = q_blhd.shape[-1], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  @jax.checkpoint
+  def one(q_ld, k_md, v_md, bias_m):
+    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
+    return product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+
+  def heads(row):
+    *qkv, bias_m = row  # `[h, l, d]` each
+    return jax.lax.map(lambda head: one(*head, bias_m), tuple(qkv))
+
+  if jax.default_backend() == "cpu":
+    rows = (*(jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm)
+    return jnp.moveaxis(jax.lax.map(heads, rows), 1, 2)
+  return jnp.moveaxis(heads((*(jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm[:, None])), 0, 2)
 
 
 def flash(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:

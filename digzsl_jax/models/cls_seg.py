@@ -26,8 +26,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip, clip_patches, tagclip
+from digzsl_jax.models.attention import masked
 
 EXCLUDED = -1e9  # the logit of a class that is none of the picture's
 ROUNDS = 3  # of normalising the columns, then the rows
@@ -53,14 +53,12 @@ def cams(model: clip.CLIPModel, hidden_bld: jax.Array, grids_b2: jax.Array, rows
   tower, inside_bij1 = model.vision_model, clip_patches.inside(grids_b2, rows, columns)[..., None]
   last, inside_bl1 = tower.encoder.layers[-1], inside_bij1.reshape(len(grids_b2), -1, 1)
   bias_bm = clip_patches.bias(grids_b2, rows, columns)
-  # Both compute weights again on the way back, so that no more than those of one head or a block are held.
-  attend = heads.by_heads if jax.default_backend() == "cpu" else heads.by_queries
   activations_bld = last.layer_norm1(hidden_bld)
 
   def embeds(shift_bd):
     """Of the mean patch, where the activations of all are moved alike: its gradient is the sum of theirs."""
     moved_bld = activations_bld.at[:, 1:].add(jnp.where(inside_bl1, shift_bd[:, None], 0).astype(activations_bld.dtype))
-    attended_blhd = attend(*last.self_attn.project(moved_bld), bias_bm)
+    attended_blhd = masked(*last.self_attn.project(moved_bld), bias_bm)
     attended_bld = last.self_attn.out_proj(attended_blhd.reshape(hidden_bld.shape))
     out_bld = tower.post_layernorm(last.feed_forward(hidden_bld + attended_bld))[:, 1:]
     mean_bd = out_bld.mean(1, where=inside_bl1, dtype=jnp.float32).astype(out_bld.dtype)

@@ -20,7 +20,6 @@ Shapes: b picture, n candidate, i j height and width of a batch in pixels or pat
 (patches row by row), d width, p width of the shared space, c colours, k classes: labels, then background, f the labels.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,7 +29,8 @@ import numpy as np
 
 from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip
-from digzsl_jax.models.clip_patches import bilinear, each_layer, in_turn, inside, into, logits, patch_embeds
+from digzsl_jax.models.affinity import Affinity
+from digzsl_jax.models.clip_patches import bilinear, each_layer, inside, into, logits, patch_embeds
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
 
@@ -80,13 +80,13 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
 
 def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
                         first_layer: int = 8, votes: int = 4) -> tuple[jax.Array, jax.Array]:
-  """`coarse_scores` and the `affinity` of its attention, which is used up layer by layer.
+  """`coarse_scores` and the affinity of its attention (`models/affinity.py`), which is used up layer by layer.
 
   Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
   layer's mean over heads, one or two on the way to it, the average and the votes so far.
   """
   rows, columns = grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
-  gather = _Affinity(inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
+  gather = Affinity(inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
 
 
@@ -114,44 +114,10 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  gather = _Affinity(inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
+  gather = Affinity(inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
   for weights_blm in attention:
     gather.add(weights_blm)
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
-
-
-class _Affinity:
-  """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
-
-  def __init__(self, inside_bij: jax.Array, layers: int, first_layer: int, votes: int):
-    check(layers, first_layer, votes)
-    self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
-    self.inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
-    zeros = functools.partial(jnp.zeros, (*self.inside_bl1.shape[:2], self.inside_bl1.shape[1]))
-    self.above_blm, self.sum_blm = zeros(jnp.int8 if layers < 128 else jnp.int32), zeros(jnp.float32)
-
-  def add(self, weights_blm: jax.Array, x: jax.Array | None = None) -> jax.Array | None:
-    """The next layer. What is computed from the returned `x`, itself unchanged, waits until it is counted."""
-    def count(above_blm, sum_blm, weights_blm):
-      pairs_b11 = self.inside_bl1.sum(1, keepdims=True)**2
-      mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=self.inside_bl1) / pairs_b11
-      # A weight towards the padding is 0, which is never above the mean.
-      above_blm += (weights_blm > mean_b11).astype(above_blm.dtype)
-      return above_blm, sum_blm + weights_blm if self.layer in self.averaged else sum_blm
-
-    kept = self.above_blm, self.sum_blm
-    (self.above_blm, self.sum_blm), x = in_turn(self.inside_bl1, count, kept, weights_blm, x)
-    self.layer += 1
-    return x
-
-  def result(self) -> jax.Array:
-    return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
-
-
-def check(layers: int, first_layer: int, votes: int) -> None:
-  """Raises ValueError if a model of so many layers has too few for `refine`."""
-  if not (0 <= first_layer < layers - 1 and 1 <= votes <= layers):
-    raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {layers} layers")
 
 
 def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, compat: bool = False) -> jax.Array:
