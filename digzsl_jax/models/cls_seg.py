@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from digzsl_jax.models import clip, tagclip
-from digzsl_jax.models.attention import with_mean
+from digzsl_jax.models.attention import masked
 
 EXCLUDED = -1e9  # the logit of a class that is none of the picture's
 ROUNDS = 3  # of normalising the columns, then the rows
@@ -57,7 +57,7 @@ def cams(model: clip.CLIPModel, hidden_bld: jax.Array, grids_b2: jax.Array, rows
   def embeds(shift_bd):
     """Of the mean patch, where the activations of all are moved alike: its gradient is the sum of theirs."""
     moved_bld = activations_bld.at[:, 1:].add(jnp.where(inside_bl1, shift_bd[:, None], 0).astype(activations_bld.dtype))
-    attended_blhd, _ = with_mean(*last.self_attn.project(moved_bld), bias_bm)
+    attended_blhd = masked(*last.self_attn.project(moved_bld), bias_bm)
     attended_bld = last.self_attn.out_proj(attended_blhd.reshape(hidden_bld.shape))
     out_bld = tower.post_layernorm(last.feed_forward(hidden_bld + attended_bld))[:, 1:]
     mean_bd = out_bld.mean(1, where=inside_bl1, dtype=jnp.float32).astype(out_bld.dtype)
