@@ -104,7 +104,7 @@ def tagclip() -> config_dict.ConfigDict:
       mesh=dict(devices=0),
       tags=dict(first_layer=3, votes=2, threshold=0.5, compat=False, most_patches=1600, buckets=8, pictures=32,
                 crops=64),
-      masks=dict(first_layer=2, last_layer=5, threshold=0.4, compat=False, names="", background="",
+      masks=dict(first_layer=2, last_layer=5, threshold=0.7, compat=False, names="", background="",
                  template="a photo of a {name}", unlabelled=True, crf=False, overlays=True, pictures=32, pairs=64),
       evaluate=dict(difficult=False, drop_empty=False, skip_absent=False, groups="", background=True),
       report=dict(examples=12, labels=60, thumbnail=320, published=()),
