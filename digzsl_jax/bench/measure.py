@@ -33,6 +33,13 @@ class First(NamedTuple):
   compile_seconds: float
 
 
+class Speed(NamedTuple):
+  """TFLOP in a second of all devices, and in a CPU-second where these are a CPU."""
+
+  wall: float
+  cpu: float | None
+
+
 class Times(NamedTuple):
   """Repetitions, in seconds."""
 
@@ -101,8 +108,8 @@ def repeat(calls: list[Callable[[], tuple[float, float]]], repetitions: int, sec
   return found
 
 
-def product_tflops(devices: jax.sharding.Mesh, dtype: str) -> float:
-  """TFLOP/s that products of large matrices reach on all devices at once, at their best of some."""
+def product_speed(devices: jax.sharding.Mesh, dtype: str) -> Speed:
+  """What products of large matrices reach on all devices at once, at their best of some."""
   side = PRODUCTS.get(devices.devices.flat[0].platform, 2048)
   kind = jnp.float32 if dtype == "float32" else jnp.bfloat16
   rows = jax.sharding.PartitionSpec(devices.axis_names[0])
@@ -112,8 +119,9 @@ def product_tflops(devices: jax.sharding.Mesh, dtype: str) -> float:
   dot = lambda a_nij: jax.lax.dot(a_nij[0], a_nij[0], preferred_element_type=jnp.float32)[None]
   run = jax.jit(jax.shard_map(dot, mesh=devices, in_specs=rows, out_specs=rows, check_vma=False))
   jax.block_until_ready(run(a_nij))
-  best = min(once(lambda: run(a_nij))[0] for _ in range(8))
-  return devices.size * 2 * side**3 / best / 1e12
+  wall, cpu = (min(spent) for spent in zip(*(once(lambda: run(a_nij)) for _ in range(8))))
+  tflop = devices.size * 2 * side**3 / 1e12
+  return Speed(tflop / wall, tflop / cpu if devices.devices.flat[0].platform == "cpu" else None)
 
 
 def datasheet_tflops(devices: jax.sharding.Mesh, dtype: str) -> float | None:

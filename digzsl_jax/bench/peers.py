@@ -15,7 +15,7 @@ from digzsl_jax.bench.steps import Bench
 
 COMPARE = ("", "torch", "torch_compile")
 WITHOUT = ("tagclip",)  # benches that no peer knows
-NEEDS = ("torch", "diffusers", "transformers", "scipy")
+NEEDS = ("torch", "diffusers", "transformers")
 # Largest |ours - theirs| / |theirs|, Euclidean norms.
 BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
 MARK = "@peer "  # of lines that are for us
@@ -48,7 +48,8 @@ class Peer:
     """
     models.write(folder, bench.parts)
     checkpoint.write_arrays(folder / "inputs.safetensors", bench.inputs)
-    files.write_json(folder / "facts.json", dict(bench.facts, bench=name, dtype=dtype, compiled=compare == "torch_compile"))
+    facts = {"bench": name, "dtype": dtype, "compiled": compare == "torch_compile"}
+    files.write_json(folder / "facts.json", facts | dict(bench.facts))
     self._process = subprocess.Popen([sys.executable, "-m", "digzsl_jax.bench.reference", str(folder)], text=True,
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     self.facts = self._listen()

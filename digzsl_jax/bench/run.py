@@ -36,7 +36,7 @@ class Settings:
     repetitions: timed calls after the first.
     seconds: no further repetition begins after so many.
     second_start: also time the first call of a second process, which finds the programs of the first one compiled.
-    compare: "torch" (eager) or "torch_compile" (channels last, denoiser compiled) for PyTorch beside us, "" for nothing.
+    compare: "torch" (eager) or "torch_compile" (channels last, denoiser compiled) for PyTorch beside us; "" for none.
     out: file that lines are appended to; "" for `bench.jsonl` in the working directory.
   """
 
@@ -83,9 +83,9 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path, log: logs.Log, dry_run
   if not dry_run:
     logs.write_provenance(workdir, config)
   out = pathlib.Path(settings.out or workdir / "bench.jsonl").expanduser()
-  peak = None if dry_run else measure.product_tflops(devices, settings.dtype)
+  peak = None if dry_run else measure.product_speed(devices, settings.dtype)
   if peak:
-    log.say(f"products of matrices reach {peak:.3g} TFLOP/s in {settings.dtype}")
+    log.say(f"products of matrices reach {peak.wall:.3g} TFLOP/s in {settings.dtype}")
   for size in settings.expanded:
     made = sizes.SIZES[size]()
     models = sizes.Models(made, settings.dtype)
@@ -116,7 +116,7 @@ def print_costs(title: str, bench: Bench) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """A bench and where it runs; `peak` is what products of matrices reach, TFLOP/s."""
+  """A bench and where it runs; `peak` is what products of matrices reach."""
 
   name: str
   size: str
@@ -124,7 +124,7 @@ class Timing:
   models: sizes.Models
   devices: jax.sharding.Mesh
   settings: Settings
-  peak: float
+  peak: measure.Speed
   log: logs.Log
 
   @property
@@ -145,7 +145,8 @@ def timed(timing: Timing) -> Iterator[dict[str, Any]]:
     del result
     peer, error = None, None
     if settings.compare and timing.name not in peers.WITHOUT:
-      peer = stack.enter_context(peers.Peer(timing.name, bench, timing.models, settings.compare, settings.dtype, exchange))
+      peer = peers.Peer(timing.name, bench, timing.models, settings.compare, settings.dtype, exchange)
+      stack.enter_context(peer)
       error = peers.agreement(timing.name, answer, peer.answer, settings.dtype)
       timing.log.say(f"{timing.title}: answers differ from PyTorch's by {error:.1e} of their norm")
     sides = [lambda: measure.once(call), *([peer.call] if peer else [])]
@@ -167,8 +168,7 @@ def timed(timing: Timing) -> Iterator[dict[str, Any]]:
             "cpu_ratio": other["cpu_p50_ms"] / speed["cpu_p50_ms"] if speed["cpu_p50_ms"] else None}
   timing.log.say(f"{timing.title}: {ratios['ratio']:.2f} times as fast as {settings.compare}")
   yield line | ratios
-  yield common(timing, settings.compare, load) | other | dict(peer.facts, relative_error=error, peak_memory_gib=peer.facts[
-      "peak_memory_gib"], flags="")
+  yield common(timing, settings.compare, load) | other | peer.facts | {"relative_error": error, "flags": ""}
 
 
 def common(timing: Timing, implementation: str, load: float | None) -> dict[str, Any]:
@@ -188,7 +188,9 @@ def speeds(timing: Timing, times: measure.Times, flop: int | None) -> dict[str, 
   sheet, rate = measure.datasheet_tflops(timing.devices, timing.settings.dtype), flop and flop / 1e12 / seconds
   return {"repetitions": len(times.wall), **found, "images_per_second_per_chip": timing.bench.images / seconds / chips,
           "tflop": flop and flop / 1e12, "mfu_datasheet": rate / sheet if rate and sheet else None,
-          "mfu_measured": rate / timing.peak if rate else None, "product_tflops": timing.peak}
+          "mfu_measured": rate / timing.peak.wall if rate else None,
+          "mfu_cpu": flop / 1e9 / found["cpu_p50_ms"] / timing.peak.cpu if rate and timing.peak.cpu else None,
+          "product_tflops": timing.peak.wall}
 
 
 def second_start(timing: Timing, cache: pathlib.Path) -> dict[str, float] | None:
