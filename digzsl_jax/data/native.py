@@ -90,6 +90,9 @@ class NativePictures(Native):
     with pictures.opened(self.folder / file.path) as image:
       # Of a PNG Pillow reads all there is unless the orientation comes first: it may come last.
       turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+      if turned and image.format == "TIFF":  # which Pillow turns when it reads it, and newer ones its size before
+        image.load()
+        turned = False
       return image.size if turned else image.size[::-1]
 
   def _image(self, row: int) -> Image.Image:
@@ -119,11 +122,13 @@ def grid(height: int, width: int, patch: int, most_patches: int) -> tuple[int, i
   rows, columns = -(-height // patch), -(-width // patch)
   if rows * columns <= most_patches:
     return rows, columns
-  scale = math.sqrt(most_patches / (height * width))  # from pixels to patches
-  if width * scale < 1:  # a sliver: its length alone is reduced
-    return most_patches, 1
-  rows = max(1, int(height * scale))
-  return rows, min(int(width * scale), most_patches // rows)
+  short, long = sorted((height, width))
+  fewest = max(1, int(short * math.sqrt(most_patches / (height * width))))
+  # Whichever of the next whole numbers of patches along the shorter side keeps the aspect better.
+  pairs = [(side, min(round(side * long / short), most_patches // side)) for side in (fewest, fewest + 1)]
+  pairs = [(few, many) for few, many in pairs if many >= few]
+  few, many = min(pairs, key=lambda pair: abs(math.log(pair[1] * short / (pair[0] * long))))
+  return (few, many) if height <= width else (many, few)
 
 
 class Bucket(NamedTuple):
@@ -140,8 +145,8 @@ class Bucket(NamedTuple):
   members: np.ndarray
 
 
-def plan(grids_n2: np.ndarray, most: int) -> list[Bucket]:
-  """At most `most` padded shapes for all pictures, the smallest first.
+def plan(grids_n2: np.ndarray, most: int, largest: int | None = None) -> list[Bucket]:
+  """At most `most` padded shapes for all pictures, the smallest first; more where `largest` forbids to join them.
 
   From one bucket for each grid that there is, the two whose union adds the fewest padded patches are joined until so
   few are left.
@@ -149,6 +154,8 @@ def plan(grids_n2: np.ndarray, most: int) -> list[Bucket]:
   Args:
     grids_n2: rows and columns of patches of every picture.
     most: how many shapes may be compiled.
+    largest: so many patches at most has a shape that is larger than every picture in it: a wide and a high picture are
+      not padded to a square that fits in no memory. None allows any.
 
   Raises:
     ValueError: `most` is less than 1.
@@ -159,14 +166,14 @@ def plan(grids_n2: np.ndarray, most: int) -> list[Bucket]:
                                          return_counts=True)
   sides_2d, counts_d = grids_d2.T.astype(np.int64), counts_d.astype(np.int64)
   into_d = np.arange(len(counts_d))  # which bucket a grid is in
-  for kept, gone in _unions(sides_2d, counts_d, most):
+  for kept, gone in _unions(sides_2d, counts_d, most, largest):
     into_d[into_d == gone] = kept
   bucket_n = into_d[grid_n.reshape(-1)]
   found = [Bucket(*map(int, sides_2d[:, bucket]), np.nonzero(bucket_n == bucket)[0]) for bucket in np.unique(bucket_n)]
   return sorted(found, key=lambda bucket: (bucket.rows * bucket.columns, bucket.rows))
 
 
-def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int):
+def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int, largest: int | None):
   """Yields `(kept, gone)` of one union after another; updates both arrays in place.
 
   Each row of the cost matrix remembers its least entry, so that a union takes time in proportion to the rows that it
@@ -178,8 +185,10 @@ def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int):
   def costs(bucket: int) -> np.ndarray:
     area = lambda sides: sides[0] * sides[1]
     own = sides_2d[:, bucket, None]
-    joined_d = area(np.maximum(sides_2d, own)) * (counts_d + counts_d[bucket])
-    added_d = joined_d - area(sides_2d) * counts_d - area(own) * counts_d[bucket]
+    joined_d = area(np.maximum(sides_2d, own))
+    added_d = joined_d * (counts_d + counts_d[bucket]) - area(sides_2d) * counts_d - area(own) * counts_d[bucket]
+    if largest is not None:
+      added_d[joined_d > np.maximum(np.maximum(area(sides_2d), area(own)), largest)] = never
     added_d[~alive_d] = never
     added_d[bucket] = never
     return added_d
@@ -190,6 +199,8 @@ def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int):
   best_d, least_d = cost_dd.argmin(1), cost_dd.min(1)
   for _ in range(distinct - most):
     kept = int(least_d.argmin())
+    if least_d[kept] == never:
+      return
     gone = int(best_d[kept])
     sides_2d[:, kept] = np.maximum(sides_2d[:, kept], sides_2d[:, gone])
     counts_d[kept] += counts_d[gone]

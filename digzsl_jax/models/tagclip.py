@@ -29,6 +29,7 @@ import numpy as np
 
 from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip
+from digzsl_jax.models.affinity import Affinity
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
 
@@ -72,8 +73,7 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
   """
-  attention = []
-  take = lambda weights_blm, _: attention.append(weights_blm)
+  take, attention = _keep()
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
 
 
@@ -90,19 +90,31 @@ def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array)
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
   """
-  attention = []
-  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, lambda weights_blm, _: attention.append(weights_blm))
+  take, attention = _keep()
+  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, take)
   return hidden_bld, attention
+
+
+def _keep() -> tuple[Callable[[jax.Array, jax.Array], jax.Array], list[jax.Array]]:
+  """`take` of `each_layer` that keeps all attention, and where."""
+  attention = []
+
+  def take(weights_blm, x):
+    attention.append(weights_blm)
+    return x
+
+  return take, attention
 
 
 def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
                         first_layer: int = 8, votes: int = 4) -> tuple[jax.Array, jax.Array]:
-  """`coarse_scores` and the `affinity` of its attention, which is used up layer by layer.
+  """`coarse_scores` and the affinity of its attention (`models/affinity.py`), which is used up layer by layer.
 
   Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
   layer's mean over heads, one or two on the way to it, the average and the votes so far.
   """
-  gather = _Affinity(grids_b2, len(model.vision_model.encoder.layers), first_layer, votes)
+  rows, columns = grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
+  gather = Affinity(inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
 
 
@@ -116,11 +128,12 @@ def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
 
 
 def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array,
-               take: Callable[[jax.Array, jax.Array], None]) -> tuple[jax.Array, jax.Array]:
+               take: Callable[[jax.Array, jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
   """`features` that gives the attention of one layer after another away.
 
   Args:
-    take: is called with a layer's `weights_blm` and with the picture's own patches, `inside_bij`.
+    take: is called with a layer's `weights_blm`, and with an array that it returns as it is: what comes after waits
+      for it.
 
   Returns:
     `(hidden_bld, values_bld)`: what enters the last layer, and its values.
@@ -132,12 +145,12 @@ def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Arra
     raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
   rows, columns = height // patch, width // patch
   x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
-  inside_bij, bias_bm = inside(grids_b2, rows, columns), bias(grids_b2, rows, columns)
+  bias_bm = bias(grids_b2, rows, columns)
   for layer in tower.encoder.layers:
     before_bld, own = x_bld, layer.self_attn
     q_blhd, k_blhd, v_blhd = own.project(layer.layer_norm1(x_bld))
     attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bm)
-    take(weights_blm[:, 1:, 1:], inside_bij)
+    attended_blhd = take(weights_blm[:, 1:, 1:], attended_blhd)
     x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
   return before_bld, v_blhd.reshape(x_bld.shape)
 
@@ -189,39 +202,10 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  gather = _Affinity(grids_b2, len(attention), first_layer, votes)
+  gather = Affinity(inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
   for weights_blm in attention:
-    gather.add(weights_blm, inside(grids_b2, *scores_bijk.shape[1:3]))
+    gather.add(weights_blm)
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
-
-
-class _Affinity:
-  """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
-
-  def __init__(self, grids_b2: jax.Array, layers: int, first_layer: int, votes: int):
-    check(layers, first_layer, votes)
-    self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
-    self.pairs_b11 = (grids_b2.prod(1)**2)[:, None, None]
-    self.above_blm, self.sum_blm = 0, 0
-
-  def add(self, weights_blm: jax.Array, inside_bij: jax.Array) -> None:
-    """The next layer."""
-    inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
-    mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=inside_bl1) / self.pairs_b11
-    # A weight towards the padding is 0, which is never above the mean.
-    self.above_blm += (weights_blm > mean_b11).astype(jnp.int32)
-    if self.layer in self.averaged:
-      self.sum_blm += weights_blm
-    self.layer += 1
-
-  def result(self) -> jax.Array:
-    return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
-
-
-def check(layers: int, first_layer: int, votes: int) -> None:
-  """Raises ValueError if a model of so many layers has too few for `refine`."""
-  if not (0 <= first_layer < layers - 1 and 1 <= votes <= layers):
-    raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {layers} layers")
 
 
 def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, compat: bool = False) -> jax.Array:
@@ -256,7 +240,7 @@ def boxed(mask_bijk: jax.Array) -> jax.Array:
   reaches to the left and right, and no more. That spreads from neighbour to neighbour until nothing changes.
   """
   columns = mask_bijk.shape[2]
-  column_j1 = jnp.arange(columns)[:, None]
+  column_j1 = jnp.arange(columns, dtype=jnp.int16)[:, None]  # half the time of int32
   none = -columns  # less than any part reaches
   reach_2bijk = jnp.where(mask_bijk, jnp.stack([-column_j1, column_j1])[:, None, None], none)
 
