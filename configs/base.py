@@ -128,6 +128,17 @@ def tagclip_benchmark(**data) -> config_dict.ConfigDict:
   return config
 
 
+def bench() -> config_dict.ConfigDict:
+  """What is timed, and how; the fields are those of `digzsl_jax/bench/run.py`."""
+  return config_dict.create(
+      method="bench",
+      stages=("tokens", "generate", "features", "head", "classifier", "tagclip", "fid", "unet"),
+      mesh=dict(devices=0),
+      bench=dict(sizes=("tiny",), dtype="float32", batch=0, steps=0, repetitions=10, seconds=60.0, second_start=True,
+                 compare="", out=""),
+  ).lock()
+
+
 def benchmark(name: str, folder: str) -> config_dict.ConfigDict:
   """DIG-ZSL at the size of its paper (arXiv 2412.17219), for AWA2, CUB, FLO and SUN.
 
