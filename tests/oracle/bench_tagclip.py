@@ -229,6 +229,7 @@ def main():
       run()
       wall[name].append((time.perf_counter() - before[0]) / options.images)
       cpu[name].append((time.process_time() - before[1]) / options.images)
+      print(name, f"{wall[name][-1]:.2f} s, {cpu[name][-1]:.2f} CPU-seconds a picture", flush=True)
   least = lambda times: {name: round(float(np.min(values)), 3) for name, values in times.items()}
   median = lambda times: {name: round(float(np.median(values)), 3) for name, values in times.items()}
   print(json.dumps({"images": options.images, "crops_per_image": float(np.mean(looks)), "threads": options.threads,
