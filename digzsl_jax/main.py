@@ -9,6 +9,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digzsl_jax import checkpoint, cli, logs, mesh, stages
+from digzsl_jax.bench import run as bench
 from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.runs import (
   cdm,
@@ -37,7 +38,8 @@ TAGCLIP = {"tags": tagclip, "masks": tag_masks, "evaluate": evaluate_tags, "repo
 STAGED = {"dig_zsl": (DIG_ZSL, Workspace), "clip_decoder": (CLIP_DECODER, DecoderWorkspace),
           "tagclip": (TAGCLIP, TagWorkspace)}
 # `(config, workdir, log, dry_run)` of each method.
-METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {"pretrain": pretrain.run}
+METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {
+    "pretrain": pretrain.run, "bench": bench.run}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment; its fields are overridden by dots.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/<config name>.")
