@@ -23,7 +23,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from digzsl_jax import checkpoint, cli, contact_sheet, label_texts, logs, mask_folder, tag_records
+from digzsl_jax import checkpoint, cli, contact_sheet, label_texts, logs, mask_folder, mesh, tag_records
 from digzsl_jax.base_workspace import EMBEDDED, check, locate
 from digzsl_jax.contact_sheet import counted
 from digzsl_jax.data import label_lists, native, pictures, prompts
@@ -375,6 +375,7 @@ def main(arguments: Sequence[str]) -> int:
   """Runs the command line and returns its exit status."""
   args = parser().parse_args(arguments)
   warnings.filterwarnings("ignore", module=r"PIL\.")  # on large or odd pictures, which are read all the same
+  mesh.divide_cpu()
   cli.start()
   try:
     with cli.answer_in_one_line("finished pictures are kept"):

@@ -22,6 +22,7 @@ parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of PyTo
 parser.add_argument("--pictures", type=int, default=1, help="of the engine at a time, for each device")
 parser.add_argument("--crops", type=int, default=4, help="of the engine at a time, for each device")
 parser.add_argument("--devices", type=int, default=2, help="into which the CPU is divided for the engine")
+parser.add_argument("--keep_denormals", action="store_true", help="in PyTorch, as it comes")
 options = parser.parse_args()
 
 import jax
@@ -196,7 +197,7 @@ def in_bfloat16(model):
 def main():
   # Numbers of random weights' softmax, and of the mask of the last layer in any case, are too small for full precision,
   # which slows PyTorch down twofold; XLA takes them for 0.
-  torch.set_flush_denormal(True)
+  torch.set_flush_denormal(not options.keep_denormals)
   torch.set_num_threads(options.threads)
   model, rng = small.make_model(CONFIG, 100), np.random.default_rng(1)
   text_kp = rng.normal(size=(CLASSES, 512)).astype(np.float32)
@@ -233,6 +234,7 @@ def main():
   least = lambda times: {name: round(float(np.min(values)), 3) for name, values in times.items()}
   median = lambda times: {name: round(float(np.median(values)), 3) for name, values in times.items()}
   print(json.dumps({"images": options.images, "crops_per_image": float(np.mean(looks)), "threads": options.threads,
+                    "keep_denormals": options.keep_denormals,
                     "devices": jax.device_count(), "pictures": options.pictures, "crops": options.crops,
                     "jax": jax.__version__, "torch": torch.__version__, "load": os.getloadavg()[0],
                     "seconds": median(wall), "least_seconds": least(wall), "cpu_seconds": median(cpu),
