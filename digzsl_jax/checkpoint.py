@@ -1,4 +1,7 @@
-"""What a run can go on from after a kill: saved states, fingerprints, and the folders of its stages."""
+"""What a run can go on from after a kill: saved states, fingerprints, and the folders of its stages.
+
+Of several processes the first one writes states and marks of stages; all of them call what does so.
+"""
 
 import contextlib
 import dataclasses
@@ -15,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from digzsl_jax import processes
 from digzsl_jax.files import read_json, write_atomic, write_json
 
 LARGE = 2**26  # bytes of a file whose digest is remembered
@@ -39,7 +43,9 @@ def read_arrays(path: os.PathLike) -> dict[str, np.ndarray]:
 
 
 def save_state(path: os.PathLike, state: Any) -> None:
-  """Writes a pytree of arrays (parameters, optimiser, step) for an exact resume."""
+  """Writes a pytree of arrays (parameters, optimiser, step), whole in every process, for an exact resume."""
+  if not processes.is_first():
+    return
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
   write_arrays(path, {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves})
 
@@ -50,8 +56,12 @@ def load_state(path: os.PathLike, like: Any) -> Any | None:
   Raises:
     ValueError: the file is damaged or its arrays are not those of `like`.
   """
-  if not pathlib.Path(path).exists():
+  path = pathlib.Path(path)
+  # Processes that went on from different states would wait for each other for ever.
+  if not (first := processes.told(lambda: path.exists() and fingerprint_file(path))):
     return None
+  if not processes.is_first():
+    processes.await_file(path, lambda path: path.exists() and fingerprint_file(path) == first)
   arrays = read_arrays(path)
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {jax.tree_util.keystr(key): np.shape(leaf) for key, leaf in leaves}
@@ -173,7 +183,14 @@ class Stage:
     write_json(self.folder / "done.json", dict(results))
 
   def make(self, function: Callable[[], Mapping[str, Any] | None]) -> None:
-    """Calls `function` and finishes with what it returns and the seconds of all attempts (unless killed by -9)."""
+    """Calls `function` and finishes with what it returns and the seconds of all attempts (unless killed by -9).
+
+    Of several processes all call it, and what the first one's `function` returns counts.
+    """
+    if not processes.is_first():
+      function()
+      processes.written(self.folder / "done.json")
+      return
     spent = self.folder / "seconds.json"
     before, start = read_json(spent) if spent.exists() else 0, time.monotonic()
     try:
@@ -182,6 +199,7 @@ class Stage:
       seconds = round(before + time.monotonic() - start, 1)
       write_json(spent, seconds)
     self.finish(dict(results or {}, seconds=seconds))
+    processes.written(self.folder / "done.json")
 
   def results(self) -> dict[str, Any]:
     """The summary of a finished stage, as `finish` wrote it."""
@@ -211,9 +229,14 @@ def claim(stages: Mapping[str, Stage], needs: Mapping[str, tuple[str, ...]], ask
   """Takes the folders of the stages that were asked for, before anything is made.
 
   Raises:
-    ValueError: a folder was made from other inputs, or a needed stage is neither asked for nor finished.
+    ValueError: a folder was made from other inputs, or a needed stage is neither asked for nor finished; or
+      processes differ in what a stage is made from.
   """
   asked = list(asked)
+  for name, stage in stages.items():
+    processes.check_same(f"what stage {name} is made from", _flat(stage.inputs))
+  if not processes.is_first():
+    return
   for name in asked:
     for need in needs[name]:
       if need not in asked:

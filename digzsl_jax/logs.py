@@ -1,4 +1,7 @@
-"""What a run tells: one line per stage, progress bars, `metrics.jsonl`, versions, parameter tables."""
+"""What a run tells: one line per stage, progress bars, `metrics.jsonl`, versions, parameter tables.
+
+Of several processes the first one speaks and writes; of the others only warnings are heard.
+"""
 
 import importlib.metadata
 import json
@@ -15,7 +18,7 @@ import jax
 import tqdm
 from flax import nnx
 
-from digzsl_jax import files
+from digzsl_jax import files, processes
 
 PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "tokenizers")
 
@@ -32,24 +35,31 @@ class Log:
 
   def say(self, text: str) -> None:
     """One line for people, with the seconds since the start."""
-    tqdm.tqdm.write(f"[{time.monotonic() - self._start:6.1f}s] {text}", file=sys.stderr)
+    if processes.is_first():
+      self._write(text)
 
   def warn(self, text: str) -> None:
-    self.say(f"warning: {text}")
+    self._write(f"warning: {text}" if processes.is_first() else f"warning of process {processes.index()}: {text}")
+
+  def _write(self, text: str) -> None:
+    tqdm.tqdm.write(f"[{time.monotonic() - self._start:6.1f}s] {text}", file=sys.stderr)
 
   def metrics(self, stage: str, step: int, **scalars: float) -> None:
     """Appends one JSON line; a resumed run may repeat steps, the last line of a step counts."""
-    with self._file.open("a") as file:
-      file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
+    if processes.is_first():
+      with self._file.open("a") as file:
+        file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
 
   def progress(self, total: int, name: str, done: int = 0) -> tqdm.tqdm:
     """A bar with rate and time left; silent on fast work and, but for a line a minute, when not a terminal."""
     return tqdm.tqdm(total=total, initial=done, desc=name, leave=False, dynamic_ncols=True, file=sys.stderr,
-                     mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.1)
+                     disable=not processes.is_first(), mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.1)
 
 
 def write_provenance(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Writes the resolved config and the versions of what the numbers depend on."""
+  if not processes.is_first():
+    return
   files.write_json(workdir / "config.json", config)
   files.write_json(workdir / "versions.json", versions())
 
