@@ -107,7 +107,7 @@ def tagclip() -> config_dict.ConfigDict:
       masks=dict(first_layer=2, last_layer=3, threshold=0.4, compat=False, names="", background="",
                  template="a photo of a {name}", unlabelled=True, crf=False, overlays=True, pictures=32, pairs=64),
       evaluate=dict(difficult=False, drop_empty=False, skip_absent=False, groups="", background=True),
-      report=dict(examples=12, labels=60, thumbnail=192, published=()),
+      report=dict(examples=12, labels=60, thumbnail=320, published=()),
   ).lock()
 
 

@@ -18,6 +18,7 @@ from digzsl_jax.files import write_atomic
 BACKGROUND = -1
 BYTES = 256  # values that a PNG with a palette can hold
 OPAQUE = 0.5  # of a mask over a picture
+READABLE = 256  # pixels that an overlay's longer side has at least
 # Of the released code (github.com/linyq2117/TagCLIP, CLIP-ES/eval_cam_with_crf.py).
 CRF_ROUNDS = 10
 CRF_NEAR = dict(sxy=1, compat=3)  # reach in pixels and weight
@@ -127,7 +128,9 @@ def write_palette_png(path: str | os.PathLike, labels_hw: np.ndarray, palette_vc
 
 
 def overlay(image_hwc: np.ndarray, labels_hw: np.ndarray, names: Sequence[str], palette_vc: np.ndarray) -> np.ndarray:
-  """A picture under its masks, with their outlines, and a legend below: uint8 `[h', w, c]`, h' >= h.
+  """A picture under its masks, with their outlines, and a legend below: uint8 `[h', w', c]`.
+
+  A picture too small to read names under it is enlarged by a whole factor.
 
   Args:
     image_hwc: uint8.
@@ -141,6 +144,8 @@ def overlay(image_hwc: np.ndarray, labels_hw: np.ndarray, names: Sequence[str], 
   if labels_hw.shape != image_hwc.shape[:2]:
     raise ValueError(f"labels of {'x'.join(map(str, labels_hw.shape))} pixels for a picture of "
                      f"{'x'.join(map(str, image_hwc.shape[:2]))}")
+  times = max(1, READABLE // max(labels_hw.shape))
+  labels_hw, image_hwc = (x.repeat(times, 0).repeat(times, 1) for x in (labels_hw, image_hwc))
   said_hw = labels_hw != BACKGROUND
   colours_hwc = palette_vc[labels_hw.astype(np.int64) - BACKGROUND]
   blended_hwc = np.where(said_hw[..., None], (1 - OPAQUE) * image_hwc + OPAQUE * colours_hwc, image_hwc)

@@ -7,35 +7,25 @@ the bucket they are of; their pictures wait with them, as bytes and at most a gr
 Memory of a device in `_first`, beside weights and `pictures * (rows * columns + 1) * (intermediate_size + 5 *
 hidden_size)` activations of one layer: `tagclip.affinity` says.
 
-A row of either call is at the same place of a body of the same size whatever the number of devices, so results do not
-depend on it, bit for bit.
-
 Shapes: b picture of a batch, n candidate, i j height and width in pixels or patches, c colours, f labels, k classes:
 labels, then background, p width of the shared space.
 """
 
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
-import itertools
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from digzsl_jax import native_batches
 from digzsl_jax.data.native import Bucket, Native
 from digzsl_jax.models import tagclip
 from digzsl_jax.models.cdm import Preprocess
 from digzsl_jax.models.clip import CLIPModel
-
-AHEAD = 2  # batches that are read while one is computed
-AXIS = "picture"  # over which batches and groups are divided among devices
-ROWS, ALL = jax.sharding.PartitionSpec(AXIS), jax.sharding.PartitionSpec()
 
 
 class Rules(NamedTuple):
@@ -90,16 +80,6 @@ class _Candidate(NamedTuple):
   box_4: np.ndarray
 
 
-class _Static(NamedTuple):
-  """What compiled calls are specialised for, beside shapes."""
-
-  graphdef: nnx.GraphDef
-  mesh: jax.sharding.Mesh
-  preprocess: Preprocess
-  labels: int
-  rules: Rules
-
-
 class Tagger:
   """TagCLIP with one model, one set of texts and one set of rules."""
 
@@ -117,18 +97,13 @@ class Tagger:
     Raises:
       ValueError: sizes that do not fit each other or the model.
     """
-    layers, width = len(model.vision_model.encoder.layers), model.visual_projection.out_features
-    if text_kp.ndim != 2 or text_kp.shape[1] != width or not 0 < labels <= len(text_kp):
-      raise ValueError(f"texts {list(text_kp.shape)} with {labels} labels do not fit a model of width {width}")
+    layers = len(model.vision_model.encoder.layers)
     tagclip.check(layers, rules.first_layer, rules.votes)
     if pictures < 1 or crops < 1:
       raise ValueError(f"pictures {pictures} and crops {crops} of a batch must be at least 1")
-    graphdef, params = nnx.split(model)
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices() if devices is None else devices), (AXIS,))
-    self.patch, self.classes = model.vision_model.embeddings.patch_size, len(text_kp)
-    self.static = _Static(graphdef, mesh, preprocess, labels, rules)
-    self.pictures, self.crops = pictures * mesh.size, crops * mesh.size
-    self.weights = jax.device_put((params, jnp.asarray(text_kp, jnp.float32)), jax.sharding.NamedSharding(mesh, ALL))
+    self.static, self.weights = native_batches.prepare(model, preprocess, text_kp, labels, rules, devices)
+    self.patch = model.vision_model.embeddings.patch_size
+    self.pictures, self.crops = (size * self.static.mesh.size for size in (pictures, crops))
 
   def stream(self, pictures: Native, buckets: Sequence[Bucket]) -> Iterator[Scored]:
     """Scores of all members of `buckets`, batch by batch in their order.
@@ -139,32 +114,21 @@ class Tagger:
     Raises:
       ValueError: as `pixels` does; what came before can still be asked for in another call.
     """
-    jobs = ((bucket, bucket.members[start:start + self.pictures])
+    jobs = ((bucket.members[start:start + self.pictures], bucket)
             for bucket in buckets for start in range(0, len(bucket.members), self.pictures))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as readers:
-      read = lambda job: (*job, [readers.submit(pictures.pixels, int(row)) for row in job[1]])
-      reading = collections.deque(map(read, itertools.islice(jobs, AHEAD)))
-      line = _Line(self)
-      try:
-        while reading:
-          bucket, rows_b, images = reading.popleft()
-          images = [image.result() for image in images]
-          reading.extend(map(read, itertools.islice(jobs, 1)))
-          yield from line.push(bucket, rows_b, images)
-        yield from line.finish()
-      finally:
-        readers.shutdown(wait=False, cancel_futures=True)
+    line = _Line(self)
+    with contextlib.closing(native_batches.read_ahead(pictures, jobs)) as reading:
+      for (rows_b, bucket), images in reading:
+        yield from line.push(bucket, rows_b, images)
+    yield from line.finish()
 
   def first(self, images_bijc: np.ndarray, grids_b2: np.ndarray) -> _Found:
     """Starts `_first` for a full batch."""
-    return _first(self.static, self.weights, *self._place(images_bijc, grids_b2))
+    return _first(self.static, self.weights, *native_batches.place(self.static, (images_bijc, grids_b2)))
 
   def second(self, *group) -> jax.Array:
     """Starts `_second` for a full group."""
-    return _second(self.static, self.weights, *self._place(*group))
-
-  def _place(self, *arrays):
-    return jax.device_put(arrays, jax.sharding.NamedSharding(self.static.mesh, ROWS))
+    return _second(self.static, self.weights, *native_batches.place(self.static, group))
 
 
 class _Line:
@@ -183,13 +147,7 @@ class _Line:
       self._settle()
       self._look(whole_groups=False)  # a group is of one shape
       self.bucket = bucket
-    size, patch = self.tagger.pictures, self.tagger.patch
-    images_bijc = np.zeros((size, bucket.rows * patch, bucket.columns * patch, 3), np.uint8)
-    grids_b2 = np.ones((size, 2), np.int32)  # what fills a batch up is one black patch
-    for place, image in enumerate(images):
-      height, width = image.shape[:2]
-      images_bijc[place, :height, :width] = image
-      grids_b2[place] = height // patch, width // patch
+    images_bijc, grids_b2 = native_batches.padded(images, self.tagger.pictures, bucket, self.tagger.patch)
     started, before = (rows_b, images_bijc, self.tagger.first(images_bijc, grids_b2)), len(self.looking)
     self._settle()
     self.started = started
@@ -236,44 +194,26 @@ class _Line:
 
 
 @functools.partial(jax.jit, static_argnums=0)  # outside of `Tagger`, so that a second one compiles nothing
-def _first(static: _Static, weights, images_bijc: jax.Array, grids_b2: jax.Array) -> _Found:
+def _first(static: native_batches.Static, weights, images_bijc: jax.Array, grids_b2: jax.Array) -> _Found:
   rules = static.rules
 
   def body(weights, images_bijc, grids_b2):
-    model, text_kp = _merged(static, weights)
+    model, text_kp = native_batches.merged(static, weights)
     scores_bijk, affinity_blm = tagclip.scores_and_affinity(
-        model, _normalised(static, images_bijc), grids_b2, text_kp, first_layer=rules.first_layer, votes=rules.votes)
+        model, native_batches.normalised(static, images_bijc), grids_b2, text_kp, first_layer=rules.first_layer,
+        votes=rules.votes)
     refined_bijk = tagclip.spread(scores_bijk, affinity_blm, grids_b2, compat=rules.compat)
     proposals = tagclip.propose(refined_bijk, grids_b2, static.labels, threshold=rules.threshold, compat=rules.compat)
     return _Found(tagclip.best_patch(scores_bijk[..., :static.labels], grids_b2), proposals)
 
-  return _divided(static, body)(weights, images_bijc, grids_b2)
+  return native_batches.divided(static, body)(weights, images_bijc, grids_b2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _second(static: _Static, weights, images_nijc: jax.Array, masks_nij: jax.Array, boxes_n4: jax.Array,
+def _second(static: native_batches.Static, weights, images_nijc: jax.Array, masks_nij: jax.Array, boxes_n4: jax.Array,
             label_n: jax.Array) -> jax.Array:
   def body(weights, images_nijc, *group):
-    model, text_kp = _merged(static, weights)
-    return tagclip.look(model, _normalised(static, images_nijc), *group, text_kp)
+    model, text_kp = native_batches.merged(static, weights)
+    return tagclip.look(model, native_batches.normalised(static, images_nijc), *group, text_kp)
 
-  return _divided(static, body)(weights, images_nijc, masks_nij, boxes_n4, label_n)
-
-
-def _divided(static: _Static, body):
-  """`body` on every device's rows, with all weights."""
-  def divided(weights, *arrays):
-    specs = (ALL, *[ROWS] * len(arrays))
-    return jax.shard_map(body, mesh=static.mesh, in_specs=specs, out_specs=ROWS, check_vma=False)(weights, *arrays)
-  return divided
-
-
-def _merged(static: _Static, weights) -> tuple[CLIPModel, jax.Array]:
-  params, text_kp = weights
-  return nnx.merge(static.graphdef, params), text_kp
-
-
-def _normalised(static: _Static, images_bijc: jax.Array) -> jax.Array:
-  """As the checkpoint's `preprocessor_config.json` says, float32 from bytes."""
-  mean_c, std_c = (np.array(values, np.float32) for values in (static.preprocess.mean, static.preprocess.std))
-  return (images_bijc.astype(jnp.float32) / 255 - mean_c) / std_c
+  return native_batches.divided(static, body)(weights, images_nijc, masks_nij, boxes_n4, label_n)

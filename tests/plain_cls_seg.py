@@ -108,7 +108,11 @@ def affinity(attention, first_layer, last_layer):
   return (weights_lm + weights_lm.T) / 2
 
 
-def refine(cam_l, affinity_lm, rows, columns, threshold, compat):
+def refine(*inputs):
+  return relative(spread(*inputs))
+
+
+def spread(cam_l, affinity_lm, rows, columns, threshold, compat):
   kept_ij = np.zeros((rows, columns), bool)
   # As OpenCV's functions are called: bytes of a map that ends just short of 1.
   bytes_ij = (np.float32(cam_l).reshape(rows, columns) * np.float32(1 - 1.2e-7) * 255).astype(np.uint8)
@@ -116,5 +120,4 @@ def refine(cam_l, affinity_lm, rows, columns, threshold, compat):
     if compat:
       bottom, right = min(bottom, rows - 1), min(right, columns - 1)
     kept_ij[top:bottom, left:right] = True
-  spread_lm = affinity_lm.astype(np.float64) @ affinity_lm * kept_ij.reshape(1, -1)
-  return relative(spread_lm @ cam_l)
+  return affinity_lm.astype(np.float64) @ affinity_lm * kept_ij.reshape(1, -1) @ cam_l

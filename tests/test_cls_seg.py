@@ -56,9 +56,10 @@ def compiled(graphdef, rows, columns, layers):
   def run(state, images_bijc, grids_b2, text_kp, allowed_bk, picture_n, label_n):
     model = nnx.merge(graphdef, state)
     hidden, attention = tagclip.features(model, images_bijc, grids_b2)
-    cams = cls_seg.cams(model, hidden, grids_b2, rows, columns, text_kp, allowed_bk, picture_n, label_n)
+    grids_n2 = grids_b2[picture_n]
+    cams = cls_seg.cams(model, hidden[picture_n], grids_n2, rows, columns, text_kp, allowed_bk[picture_n])(label_n)
     affinity = cls_seg.affinity(attention, grids_b2, rows, columns, **dict(layers))
-    refined = {compat: cls_seg.refine(cams, affinity, grids_b2, picture_n, threshold=THRESHOLD, compat=compat)
+    refined = {compat: cls_seg.refine(cams, affinity[picture_n], grids_n2, threshold=THRESHOLD, compat=compat)
                for compat in (False, True)}
     return dict(hidden=hidden, attention=attention, cams=cams, affinity=affinity, refined=refined)
   return jax.jit(run)
@@ -213,9 +214,9 @@ def test_a_label_beyond_doubt_still_has_a_map(small):
   rest = 1 - last.forward(last.activations()).max()
   assert 1e-12 < rest < 1e-8
   allowed = jnp.asarray(small.allowed[b:b + 1])
-  found = jax.jit(cls_seg.cams, static_argnums=(3, 4))(
-      model, small.hidden[b:b + 1], small.grids[b:b + 1], ROWS, COLUMNS, text_kp, allowed, np.array([0]),
-      np.array([label]))
+  inputs = small.hidden[b:b + 1], small.grids[b:b + 1], ROWS, COLUMNS, text_kp, allowed
+  maps = jax.jit(lambda model, label_b: cls_seg.cams(model, *inputs)(label_b))
+  found = maps(model, np.array([label]))
   wanted = plain.cam(twin, hidden_of(small, b), text_kp, allowed_of(small, b), label)
   assert wanted.max() == 1
   close(own(small, b, np.asarray(found))[0], wanted)
@@ -229,7 +230,7 @@ def refined(cam_ij, affinity_blm=None, **settings):
   rows, columns = cam_ij.shape
   affinity_blm = np.eye(rows * columns, dtype=np.float32)[None] if affinity_blm is None else affinity_blm
   return np.asarray(cls_seg.refine(cam_ij[None].astype(np.float32), affinity_blm, np.array([[rows, columns]]),
-                                   np.array([0]), **settings))[0]
+                                   **settings))[0]
 
 
 def test_compat_differs_only_at_edges():

@@ -339,7 +339,7 @@ def test_tagclip_has_its_own_table(tmp_path, capsys):
         "baselines": {name: entry(less) for name, less in (("global", 9), ("patch", 6), ("dmar", 3))}})
   status, out, err = run(tmp_path, capsys=capsys)
   assert status == 0 and not err and "TagCLIP on labels" in out
-  assert rows(out)["threshold=0.5"] == {
+  assert rows(out)["tags.threshold=0.5"] == {
       "runs": "1", "CLIP mAP": "51.0", "patches mAP": "54.0", "+ DMAR mAP": "57.0", "mAP": "60.0", "CLIP F1": "21.0",
       "patches F1": "24.0", "+ DMAR F1": "27.0", "F1": "30.0", "mIoU": "20.0", "best tag everywhere mIoU": "3.0",
       "all background mIoU": "1.0"}

@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from digzsl_jax import tagger
 from digzsl_jax.data import native
-from digzsl_jax.models import cdm
+from digzsl_jax.models import cdm, clip, hub
 from tests import test_tagclip as small
 
 PREPROCESS = cdm.Preprocess(64, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -63,12 +64,96 @@ def by_stages(model, read, compat=False):
   return [patch, out.proposals[compat].scores_bf, small.final_scores(out, compat)], len(out.looked[compat])
 
 
-def test_engine(model):
+@pytest.fixture(scope="module")
+def planned():
   read = pictures()
-  buckets = native.plan(read.grids_n2, 2)
-  rows, found, looks = run(model, read, buckets, pictures=2, crops=3, devices=jax.devices()[:1])
-  wanted, wanted_looks = by_stages(model, read)
+  return read, native.plan(read.grids_n2, 2)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_engine(model, planned, compat):
+  read, buckets = planned
+  rows, found, looks = run(model, read, buckets, RULES._replace(compat=compat), pictures=2, crops=3,
+                           devices=jax.devices()[:1])
+  wanted, wanted_looks = by_stages(model, read, compat)
   assert looks == wanted_looks > 5
   assert rows.tolist() == np.concatenate([bucket.members for bucket in buckets]).tolist()
+  for mine, theirs in zip(found, wanted, strict=True):
+    assert mine.dtype == np.float32
+    small.close(mine, theirs)
+  assert (found[1] != found[2]).sum() == looks
+
+
+def test_devices_change_no_bit(model, planned):
+  read, buckets = planned[0], native.plan(planned[0].grids_n2, 1)
+  options = dict(pictures=1, crops=2)
+  rows, wanted, looks = run(model, read, buckets, devices=jax.devices()[:1], **options)
+  for devices in (2, 4):
+    again = run(model, read, buckets, devices=jax.devices()[:devices], **options)
+    assert again[0].tolist() == rows.tolist() and again[2] == looks
+    for mine, theirs in zip(again[1], wanted):
+      np.testing.assert_array_equal(mine, theirs)
+
+
+def test_buckets_and_batches_change_nothing(model, planned):
+  read, buckets = planned
+  one_bucket = native.plan(read.grids_n2, 1)
+  _, wanted, looks = run(model, read, buckets, pictures=2, crops=3, devices=jax.devices()[:1])
+  _, found, again = run(model, read, one_bucket, pictures=1, crops=2, devices=jax.devices()[:1])
+  assert looks == again
   for mine, theirs in zip(found, wanted):
     small.close(mine, theirs)
+
+
+def test_one_compilation_of_each_call_for_a_bucket(model, planned):
+  read, buckets = planned
+  counts = lambda: np.array([call._cache_size() for call in (tagger._first, tagger._second)])
+  before, options = counts(), dict(pictures=4, crops=6, devices=jax.devices()[:1])  # no other test's
+  run(model, read, buckets, **options)
+  assert (counts() - before).tolist() == [len(buckets)] * 2
+  run(model, read, buckets, **options)
+  assert (counts() - before).tolist() == [len(buckets)] * 2
+
+
+def test_nothing_to_do(model, planned):
+  engine = tagger.Tagger(model, PREPROCESS, small.make_texts(24), small.LABELS, RULES)
+  assert list(engine.stream(planned[0], [])) == []
+
+
+def test_bfloat16(model, planned):
+  graphdef, state = nnx.split(hub.abstract(clip.CLIPModel, small.SMALL, dtype="bfloat16"))
+  low = nnx.merge(graphdef, jax.tree.map(lambda leaf, wanted: np.asarray(leaf).astype(wanted.dtype), nnx.state(model),
+                                         state))
+  read, buckets = planned
+  options = dict(pictures=2, crops=3, devices=jax.devices()[:1])
+  (_, wanted, _), (_, found, _) = run(model, read, buckets, **options), run(low, read, buckets, **options)
+  for mine in found:
+    assert mine.dtype == np.float32 and np.isfinite(mine).all()
+  assert 0 < np.abs(found[0] - wanted[0]).max() < 0.1  # later stages may choose otherwise
+
+
+def test_pictures_that_cannot_be_read(model, planned):
+  class Damaged(Sized):
+    def _image(self, row):
+      if row == 6:
+        raise ValueError("x.jpg cannot be read")
+      return super()._image(row)
+
+  read = Damaged(planned[0].images)
+  engine = tagger.Tagger(model, PREPROCESS, small.make_texts(24), small.LABELS, RULES, pictures=2, crops=3,
+                         devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match="x.jpg cannot be read"):
+    list(engine.stream(read, planned[1]))
+
+
+def test_errors(model):
+  make = lambda text_kp=None, labels=6, rules=RULES, **options: tagger.Tagger(
+      model, PREPROCESS, small.make_texts(24) if text_kp is None else text_kp, labels, rules, **options)
+  with pytest.raises(ValueError, match=r"texts \[9, 23\] with 6 labels do not fit a model of width 24"):
+    make(small.make_texts(23))
+  with pytest.raises(ValueError, match="with 10 labels do not fit"):
+    make(labels=10)
+  with pytest.raises(ValueError, match="first_layer 8 and votes 4 do not fit a model of 5 layers"):
+    make(rules=tagger.Rules())
+  with pytest.raises(ValueError, match="pictures 0 and crops 16 of a batch must be at least 1"):
+    make(pictures=0)

@@ -90,6 +90,9 @@ class NativePictures(Native):
     with pictures.opened(self.folder / file.path) as image:
       # Of a PNG Pillow reads all there is unless the orientation comes first: it may come last.
       turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+      if turned and image.format == "TIFF":  # which Pillow turns when it reads it, and newer ones its size before
+        image.load()
+        turned = False
       return image.size if turned else image.size[::-1]
 
   def _image(self, row: int) -> Image.Image:
@@ -119,11 +122,13 @@ def grid(height: int, width: int, patch: int, most_patches: int) -> tuple[int, i
   rows, columns = -(-height // patch), -(-width // patch)
   if rows * columns <= most_patches:
     return rows, columns
-  scale = math.sqrt(most_patches / (height * width))  # from pixels to patches
-  if width * scale < 1:  # a sliver: its length alone is reduced
-    return most_patches, 1
-  rows = max(1, int(height * scale))
-  return rows, min(int(width * scale), most_patches // rows)
+  short, long = sorted((height, width))
+  fewest = max(1, int(short * math.sqrt(most_patches / (height * width))))
+  # Whichever of the next whole numbers of patches along the shorter side keeps the aspect better.
+  pairs = [(side, min(round(side * long / short), most_patches // side)) for side in (fewest, fewest + 1)]
+  pairs = [(few, many) for few, many in pairs if many >= few]
+  few, many = min(pairs, key=lambda pair: abs(math.log(pair[1] * short / (pair[0] * long))))
+  return (few, many) if height <= width else (many, few)
 
 
 class Bucket(NamedTuple):

@@ -91,7 +91,8 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
               bias_bm: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`attention` and the mean over heads of its weights, `(out_blhd, mean_blm)`, one head after another.
 
-  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`).
+  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`). The way back
+  computes a head's weights again.
 
   Args:
     bias_bm: added to the logits of every query and head; `-inf` masks.
@@ -99,6 +100,7 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   h, d = q_blhd.shape[2:]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
+  @jax.checkpoint
   def one(sum_lm, qkv, bias_m):
     q_ld, k_md, v_md = qkv
     weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)

@@ -2,8 +2,8 @@
 
 TagCLIP (arXiv 2312.12828) takes CLIP-ES (arXiv 2212.09506) for this: Grad-CAM of each label against the picture's other
 labels and a list of background classes (`cams`), then spread by the model's own attention within boxes of what was
-found (`affinity`, `refine`). `tagclip.features` gives what both start from. All are pure functions of fixed shapes;
-labels are pairs of a picture and a class, whose number depends on the pictures.
+found (`affinity`, `refine`). `tagclip.features` gives what both start from. All are pure functions of fixed shapes, of
+one label of each picture at a time.
 
 Order of the steps as in the released code (github.com/linyq2117/TagCLIP, `CLIP-ES`): the score is the softmax of the
 scaled cosine of the mean of the patches, without the class position, after the last norm and before the projection;
@@ -16,17 +16,17 @@ it adds 1e-7 to what it divides by, so CAMs that small turn out empty there.
 Pictures of a batch are padded as in `tagclip`; the padding counts in no softmax, mean, minimum or maximum, and maps are
 0 there.
 
-Shapes: b picture, n pair of a picture and a label, i j height and width of a batch in patches, l m positions (with the
-class position first in what has d, patches alone in affinities), d width, p width of the shared space, k classes:
-labels, then background.
+Shapes: b picture, i j height and width of a batch in patches, l m positions (with the class position first in what has
+d, patches alone in affinities), d width, p width of the shared space, k classes: labels, then background.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from digzsl_jax.models import clip, tagclip
+from digzsl_jax.models.attention import with_mean
 
 EXCLUDED = -1e9  # the logit of a class that is none of the picture's
 ROUNDS = 3  # of normalising the columns, then the rows
@@ -34,8 +34,8 @@ HIGHEST_BYTE = 254  # of a released CAM, which ends just short of 1
 
 
 def cams(model: clip.CLIPModel, hidden_bld: jax.Array, grids_b2: jax.Array, rows: int, columns: int,
-         text_kp: jax.Array, allowed_bk: jax.Array, picture_n: jax.Array, label_n: jax.Array) -> jax.Array:
-  """Grad-CAM (arXiv 1610.02391, eq. 1 and 2) of the last layer's first norm, 0 to 1 in each map, `[n, i, j]`.
+         text_kp: jax.Array, allowed_bk: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """Grad-CAM (arXiv 1610.02391, eq. 1 and 2) of the last layer's first norm.
 
   A map is scaled to its own range, so the gradient of a probability y may be that of log(y / (1 - y)), which is
   y (1 - y) times smaller and so does not vanish where y is 1 in float32.
@@ -44,32 +44,40 @@ def cams(model: clip.CLIPModel, hidden_bld: jax.Array, grids_b2: jax.Array, rows
     hidden_bld: of `tagclip.features`, of pictures of `rows` times `columns` patches.
     text_kp: embeddings of labels and background, of length 1.
     allowed_bk: the classes that the softmax of a picture runs over: its labels and the background.
-    picture_n: which pictures, rows of the batch.
-    label_n: which classes of these, each among the allowed ones.
+
+  Returns:
+    What makes maps `[b, i, j]`, 0 to 1 in each, of one allowed class of each picture, `label_b`. The last layer was run
+    once for all of them; a call is the way back through it.
   """
-  tower = model.vision_model
-  last, patches = tower.encoder.layers[-1], len(picture_n)
-  hidden_nld, grids_n2 = hidden_bld[picture_n], grids_b2[picture_n]
-  bias_n11m = tagclip.bias(grids_n2, rows, columns)[:, None, None]
-  inside_nij1 = tagclip.inside(grids_n2, rows, columns)[..., None]
-  inside_nl1 = inside_nij1.reshape(patches, -1, 1)
-  is_label_nk = jnp.arange(len(text_kp)) == label_n[:, None]
-  activations_nld = last.layer_norm1(hidden_nld)
+  tower, inside_bij1 = model.vision_model, tagclip.inside(grids_b2, rows, columns)[..., None]
+  last, inside_bl1 = tower.encoder.layers[-1], inside_bij1.reshape(len(grids_b2), -1, 1)
+  bias_bm = tagclip.bias(grids_b2, rows, columns)
+  activations_bld = last.layer_norm1(hidden_bld)
 
-  def log_odds(shift_nd):
-    """Of the labels, where all patches' activations are moved alike: its gradient is the sum of theirs."""
-    moved_nld = activations_nld.at[:, 1:].add(jnp.where(inside_nl1, shift_nd[:, None], 0).astype(activations_nld.dtype))
-    attended_nld, _, _ = last.self_attn(moved_nld, bias_n11m)
-    out_nld = tower.post_layernorm(last.feed_forward(hidden_nld + attended_nld))[:, 1:]
-    mean_nd = out_nld.mean(1, where=inside_nl1, dtype=jnp.float32).astype(out_nld.dtype)
-    logits_nk = tagclip.logits(model, model.visual_projection(mean_nd), text_kp)
-    rivals_nk = jnp.where(allowed_bk[picture_n] & ~is_label_nk, logits_nk, EXCLUDED)
-    return logits_nk.sum(where=is_label_nk) - jax.nn.logsumexp(rivals_nk, axis=1).sum()
+  def embeds(shift_bd):
+    """Of the mean patch, where the activations of all are moved alike: its gradient is the sum of theirs."""
+    moved_bld = activations_bld.at[:, 1:].add(jnp.where(inside_bl1, shift_bd[:, None], 0).astype(activations_bld.dtype))
+    attended_blhd, _ = with_mean(*last.self_attn.project(moved_bld), bias_bm)
+    attended_bld = last.self_attn.out_proj(attended_blhd.reshape(hidden_bld.shape))
+    out_bld = tower.post_layernorm(last.feed_forward(hidden_bld + attended_bld))[:, 1:]
+    mean_bd = out_bld.mean(1, where=inside_bl1, dtype=jnp.float32).astype(out_bld.dtype)
+    return model.visual_projection(mean_bd)
 
-  weights_nd = jax.grad(log_odds)(jnp.zeros((patches, hidden_nld.shape[-1]), jnp.float32))
-  found_nl = jnp.einsum("nd,nld->nl", weights_nd, activations_nld[:, 1:].astype(jnp.float32), precision="highest")
-  found_nij1 = jnp.maximum(found_nl, 0).reshape(inside_nij1.shape)
-  return tagclip.relative(found_nij1, inside_nij1)[0][..., 0]
+  embeds_bp, back = jax.vjp(embeds, jnp.zeros(hidden_bld[:, 0].shape, jnp.float32))
+
+  def maps(label_b):
+    is_label_bk = jnp.arange(len(text_kp)) == label_b[:, None]
+
+    def log_odds(embeds_bp):
+      logits_bk = tagclip.logits(model, embeds_bp, text_kp)
+      rivals_bk = jnp.where(allowed_bk & ~is_label_bk, logits_bk, EXCLUDED)
+      return logits_bk.sum(where=is_label_bk) - jax.nn.logsumexp(rivals_bk, axis=1).sum()
+
+    weights_bd, = back(jax.grad(log_odds)(embeds_bp))
+    found_bl = jnp.einsum("bd,bld->bl", weights_bd, activations_bld[:, 1:].astype(jnp.float32), precision="highest")
+    return tagclip.relative(jnp.maximum(found_bl, 0).reshape(inside_bij1.shape), inside_bij1)[0][..., 0]
+
+  return maps
 
 
 def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, columns: int, *, first_layer: int,
@@ -88,9 +96,7 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
   Raises:
     ValueError: layers that the model has not.
   """
-  if not 0 <= first_layer <= last_layer < len(attention):
-    raise ValueError(f"first_layer {first_layer} and last_layer {last_layer} do not fit a model of {len(attention)} "
-                     "layers: 0 <= first_layer <= last_layer < layers")
+  check(len(attention), first_layer, last_layer)
   averaged = attention[first_layer:last_layer + 1]
   inside_bl1 = tagclip.inside(grids_b2, rows, columns).reshape(len(grids_b2), -1, 1)
   inside_blm = inside_bl1 & inside_bl1.swapaxes(1, 2)
@@ -102,29 +108,33 @@ def affinity(attention: Sequence[jax.Array], grids_b2: jax.Array, rows: int, col
   return (weights_blm + weights_blm.swapaxes(1, 2)) / 2
 
 
-def refine(cams_nij: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, picture_n: jax.Array, *,
-           threshold: float, compat: bool = False) -> jax.Array:
-  """Class-aware attention-based affinity: CAMs spread from the boxes around where they are high, `[n, i, j]`.
+def check(layers: int, first_layer: int, last_layer: int) -> None:
+  """Raises ValueError if a model of so many layers has none of these for `affinity`."""
+  if not 0 <= first_layer <= last_layer < layers:
+    raise ValueError(f"first_layer {first_layer} and last_layer {last_layer} do not fit a model of {layers} layers: "
+                     "0 <= first_layer <= last_layer < layers")
+
+
+def refine(cams_bij: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, threshold: float,
+           compat: bool = False) -> jax.Array:
+  """Class-aware attention-based affinity: CAMs spread from the boxes around where they are high, `[b, i, j]`.
 
   Args:
-    cams_nij: of `cams`.
+    cams_bij: of one label of each picture.
     affinity_blm: of `affinity`.
-    picture_n: as of `cams`.
     threshold: a box is that of a connected part above so much of the highest byte: published 0.4 for VOC, and 0.7 for
       COCO and COCO-Stuff.
 
   Returns:
     0 to 1 in each map; all 0 where the CAM is level.
   """
-  n, rows, columns = cams_nij.shape
-  grids_n2 = grids_b2[picture_n]
-  inside_nij1 = tagclip.inside(grids_n2, rows, columns)[..., None]
-  strong_nij = jnp.floor(cams_nij * 255) > int(threshold * HIGHEST_BYTE)  # of bytes, as the released code has it
-  boxed_nij = tagclip.boxed(strong_nij[..., None])[..., 0]
+  b, rows, columns = cams_bij.shape
+  inside_bij1 = tagclip.inside(grids_b2, rows, columns)[..., None]
+  strong_bij = jnp.floor(cams_bij * 255) > int(threshold * HIGHEST_BYTE)  # of bytes, as the released code has it
+  boxed_bij = tagclip.boxed(strong_bij[..., None])[..., 0]
   if compat:
-    boxed_nij &= tagclip.inside(grids_n2 - 1, rows, columns)
-  source_nm = jnp.where(boxed_nij, cams_nij, 0).reshape(n, -1)
-  affinity_nlm = affinity_blm[picture_n]
+    boxed_bij &= tagclip.inside(grids_b2 - 1, rows, columns)
+  source_bm = jnp.where(boxed_bij, cams_bij, 0).reshape(b, -1)
   for _ in range(2):
-    source_nm = jnp.einsum("nlm,nm->nl", affinity_nlm, source_nm, precision="highest")
-  return tagclip.relative(source_nm.reshape(inside_nij1.shape), inside_nij1)[0][..., 0]
+    source_bm = jnp.einsum("blm,bm->bl", affinity_blm, source_bm, precision="highest")
+  return tagclip.relative(source_bm.reshape(inside_bij1.shape), inside_bij1)[0][..., 0]

@@ -256,7 +256,7 @@ def boxed(mask_bijk: jax.Array) -> jax.Array:
   reaches to the left and right, and no more. That spreads from neighbour to neighbour until nothing changes.
   """
   columns = mask_bijk.shape[2]
-  column_j1 = jnp.arange(columns)[:, None]
+  column_j1 = jnp.arange(columns, dtype=jnp.int16)[:, None]  # half the time of int32
   none = -columns  # less than any part reaches
   reach_2bijk = jnp.where(mask_bijk, jnp.stack([-column_j1, column_j1])[:, None, None], none)
 

@@ -159,8 +159,8 @@ def examples(ws: TagWorkspace, settings: Settings) -> Html | None:
     missed = np.flatnonzero(is_true_f & ~tags_nf[row])
     lines += [tag("li", f"missed: {dataset.names[k]}") for k in missed]
     strip = tag("div", *(tag("img", src=report_parts.data_uri(picture, settings.thumbnail), alt=what, title=what,
-                             style=f"width:{settings.thumbnail}px") for what, picture in pictures.items()),
-                style="display:flex;gap:4px;flex-wrap:wrap;align-items:start")
+                             width="100%") for what, picture in pictures.items()),
+                style=f"display:grid;gap:4px;align-items:start;grid-template-columns:repeat({len(pictures)},1fr)")
     cells.append(tag("figure", strip, tag("ul", *lines)))
   return page.section("examples", "Pictures, tags and masks", "From left to right: the picture, the masks of its tags "
                       "and, where the data set has them, the true masks. Tags best first, with their score.",
@@ -176,10 +176,11 @@ def views(ws: TagWorkspace, settings: Settings) -> Iterator[tuple[int, dict[str,
   order = np.argsort(-(targets_nf[:MOST] == 1).sum(1), kind="stable")
   for row in order[:settings.examples].tolist():
     image_hwc = pictures.shown(row)
-    seen = {"picture": image_hwc}
+    nothing_hw = np.full(image_hwc.shape[:2], label_maps.BACKGROUND)
+    seen = {"picture": mask_files.overlay(image_hwc, nothing_hw, (), palette_vc)}  # enlarged as the others are
     if has_masks:
       labels_hw = label_maps.read(ws.folder("masks") / listed[row], np.arange(-1, len(ws.dataset.names)))
       seen["masks"] = mask_files.overlay(image_hwc, labels_hw, ws.dataset.names, palette_vc)
     if truth:
-      seen["true masks"] = mask_files.overlay(image_hwc, np.maximum(truth[row], -1), ws.dataset.names, palette_vc)
+      seen["true masks"] = mask_files.overlay(image_hwc, np.maximum(truth[row], label_maps.BACKGROUND), ws.dataset.names, palette_vc)
     yield row, seen

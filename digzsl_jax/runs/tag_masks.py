@@ -15,12 +15,12 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
-from digzsl_jax.segmenter import Cams, MaskRules, Segmenter
 
 from digzsl_jax import checkpoint, files, mask_files
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import images, label_lists, native, prompts
 from digzsl_jax.models import tagclip
+from digzsl_jax.segmenter import Cams, MaskRules, Segmenter
 from digzsl_jax.tag_workspace import TagWorkspace
 
 NEEDS = ("tags",)
@@ -44,7 +44,7 @@ class Settings:
     crf: whether a CRF refines the masks; needs `pip install 'digzsl_jax[crf]'`.
     overlays: whether pictures are written with their masks over them.
     pictures: that a device takes at a time.
-    pairs: of a picture and a tag, that a device takes at a time.
+    pairs: of a picture and a tag, that a call has room for, for each picture: more only make it longer.
   """
 
   first_layer: int

@@ -114,9 +114,10 @@ def both(tmp_path_factory):
   def run(state):
     model = nnx.merge(graphdef, state)
     hidden, attention = tagclip.features(model, images, GRIDS)
-    cams = cls_seg.cams(model, hidden, GRIDS, 14, 14, text, ALLOWED, picture_n, label_n)
+    grids = GRIDS[picture_n]
+    cams = cls_seg.cams(model, hidden[picture_n], grids, 14, 14, text, ALLOWED[picture_n])(label_n)
     affinity = cls_seg.affinity(attention, GRIDS, 14, 14, first_layer=LAYERS[0], last_layer=LAYERS[1])
-    refined = {compat: cls_seg.refine(cams, affinity, GRIDS, picture_n, threshold=0.4, compat=compat)
+    refined = {compat: cls_seg.refine(cams, affinity[picture_n], grids, threshold=0.4, compat=compat)
                for compat in (False, True)}
     places = tagclip.positions(model.vision_model.embeddings, GRIDS, 14, 14)
     return dict(positions=places, hidden=hidden, attention=attention, cams=cams, refined=refined)
