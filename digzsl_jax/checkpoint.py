@@ -235,6 +235,7 @@ def claim(stages: Mapping[str, Stage], needs: Mapping[str, tuple[str, ...]], ask
   asked = list(asked)
   for name, stage in stages.items():
     processes.check_same(f"what stage {name} is made from", _flat(stage.inputs))
+  processes.meet()
   if not processes.is_first():
     return
   for name in asked:

@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from flax import nnx
 from digzsl_jax import files, processes
 
 PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "tokenizers")
+COLLECTIVES = re.compile(r" (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
 class Log:
@@ -101,10 +103,10 @@ def parameter_table(modules: Mapping[str, nnx.Module]) -> str:
 
 
 def memory_and_flops(compiled: jax.stages.Compiled) -> str:
-  """What XLA says of a compiled step: temporary and argument memory in MiB, GFLOP."""
+  """What XLA says of a compiled step: GFLOP, memory of a device in MiB, and collectives, if any, among devices."""
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   text = f"{cost.get('flops', float('nan')) / 1e9:.2f} GFLOP"
   if memory is not None:
     text += (f", {memory.temp_size_in_bytes / 2**20:.1f} MiB temporary, "
              f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments")
-  return text
+  return f"{text}, {len(COLLECTIVES.findall(compiled.as_text()))} collectives"
