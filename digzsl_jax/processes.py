@@ -31,6 +31,7 @@ JOIN = 300  # seconds in which all processes of a run have to start
 HEARTBEAT = 100  # seconds without a sign of life after which a process is given up
 WAIT = 24 * 3600  # the longest that processes wait for one that lives
 LAG = 120  # seconds after which every host sees what another wrote
+AGAIN = 75  # exit status where the same command may well succeed; 1 is that of what would fail again
 POLL = 0.5  # seconds between looks for an error elsewhere
 _numbers = itertools.count()  # of what is told and awaited: all processes do so in one order
 
@@ -186,11 +187,12 @@ def _end(error: BaseException) -> NoReturn:
   else:
     traceback.print_exc()
     text = f"error: {type(error).__name__}: {error}"
+  status = AGAIN if others_fault else 1
   print(f"process {index()} of {count()}: {text}", file=sys.stderr, flush=True)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    distributed.global_state.client.key_value_set(f"digzsl/error/{index()}", text)
+    distributed.global_state.client.key_value_set(f"digzsl/error/{index()}", json.dumps([status, text]))
     time.sleep(4 * POLL if is_first() else 0)  # the first process holds the service that the others ask
-  os._exit(1)
+  os._exit(status)
 
 
 def _watch(finished: threading.Event) -> None:
@@ -200,8 +202,9 @@ def _watch(finished: threading.Event) -> None:
       found = distributed.global_state.client.key_value_dir_get("digzsl/error/")
     except jax.errors.JaxRuntimeError:  # the service is gone, for which JAX ends this process
       continue
-    if others := [(key, text) for key, text in found if key.rpartition("/")[2] != str(index())]:
-      number, text = others[0][0].rpartition("/")[2], others[0][1].partition("\n")[0]
+    if others := [(key.rpartition("/")[2], *json.loads(said)) for key, said in found]:
+      number, status, text = others[0]
+      text = text.partition("\n")[0]
       print(f"process {index()} of {count()}: stops, as process {number} did with {text}", file=sys.stderr, flush=True)
       time.sleep(4 * POLL if is_first() else 0)
-      os._exit(1)
+      os._exit(status)
