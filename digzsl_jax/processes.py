@@ -61,12 +61,23 @@ def join() -> None:
   # Its handler would swallow SIGTERM. States are saved as they come, so a run may as well end at once.
   jax.config.update("jax_enable_preemption_service", False)
   logging.getLogger("jax._src.distributed").setLevel(logging.WARNING)
+  alone = threading.Timer(JOIN, _give_up)
+  alone.daemon = True
+  alone.start()
   try:
-    jax.distributed.initialize(**arguments, initialization_timeout=JOIN, heartbeat_timeout_seconds=HEARTBEAT)
+    jax.distributed.initialize(**arguments, initialization_timeout=JOIN + 60, heartbeat_timeout_seconds=HEARTBEAT)
   except (RuntimeError, ValueError) as error:
-    raise ValueError(f"the processes of this run did not come together ({str(error).splitlines()[0]}): start as many "
-                     f"as there are to be, all within {JOIN} s, with one {ADDRESS} that all can reach; {COUNT}=1 runs "
+    raise ValueError(f"the processes of this run did not come together: {str(error).splitlines()[0]}; {COUNT}=1 runs "
                      "alone") from error
+  finally:
+    alone.cancel()
+
+
+def _give_up() -> NoReturn:
+  """Before JAX does, which answers with the trace of a crash."""
+  print(f"error: the processes of this run did not come together within {JOIN} s; start as many as there are to be, "
+        f"with one {ADDRESS} that all can reach. {COUNT}=1 runs alone", file=sys.stderr, flush=True)
+  os._exit(AGAIN)
 
 
 def cluster_size() -> int:
