@@ -56,18 +56,24 @@ def load_state(path: os.PathLike, like: Any) -> Any | None:
   Raises:
     ValueError: the file is damaged or its arrays are not those of `like`.
   """
-  path = pathlib.Path(path)
-  # Processes that went on from different states would wait for each other for ever.
-  if not (first := processes.told(lambda: path.exists() and fingerprint_file(path))):
+  if not pathlib.Path(path).exists():
     return None
-  if not processes.is_first():
-    processes.await_file(path, lambda path: path.exists() and fingerprint_file(path) == first)
   arrays = read_arrays(path)
   leaves, structure = jax.tree_util.tree_flatten_with_path(like)
   wanted = {jax.tree_util.keystr(key): np.shape(leaf) for key, leaf in leaves}
   if wanted != {name: array.shape for name, array in arrays.items()}:
     raise ValueError(f"{path} holds the state of something else; delete it to start its stage anew")
   return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
+
+
+def resume_state(path: os.PathLike, like: Any) -> Any | None:
+  """`load_state` to go on from, the same in all processes: from different states they would wait for each other."""
+  path = pathlib.Path(path)
+  if not (first := processes.told(lambda: path.exists() and fingerprint_file(path))):
+    return None
+  if not processes.is_first():
+    processes.await_file(path, lambda path: path.exists() and fingerprint_file(path) == first)
+  return load_state(path, like)
 
 
 def fingerprint(value: Any) -> str:
@@ -187,10 +193,13 @@ class Stage:
 
     Of several processes all call it, and what the first one's `function` returns counts.
     """
-    if not processes.is_first():
+    if processes.is_first():
+      self._make(function)
+    else:
       function()
-      processes.written(self.folder / "done.json")
-      return
+    processes.written(self.folder / "done.json")
+
+  def _make(self, function: Callable[[], Mapping[str, Any] | None]) -> None:
     spent = self.folder / "seconds.json"
     before, start = read_json(spent) if spent.exists() else 0, time.monotonic()
     try:
@@ -199,7 +208,6 @@ class Stage:
       seconds = round(before + time.monotonic() - start, 1)
       write_json(spent, seconds)
     self.finish(dict(results or {}, seconds=seconds))
-    processes.written(self.folder / "done.json")
 
   def results(self) -> dict[str, Any]:
     """The summary of a finished stage, as `finish` wrote it."""

@@ -108,16 +108,29 @@ def told(make: Callable[[], Any]) -> Any:
   """The JSON-like value that the first process makes, in every process; `make` is called in no other."""
   if count() == 1:
     return make()
-  service, key = distributed.global_state.client, f"digzsl/value/{next(_numbers)}"
+  service, key, here = distributed.global_state.client, f"digzsl/value/{next(_numbers)}", _caller()
   if is_first():
-    service.key_value_set(key, json.dumps(make()))
-  return json.loads(service.blocking_key_value_get(key, 1000 * WAIT))
+    service.key_value_set(key, json.dumps([here, make()]))
+  there, value = json.loads(service.blocking_key_value_get(key, 1000 * WAIT))
+  if there != here:  # they would wait for each other for ever
+    raise RuntimeError(f"process {index()} is at {here}, process 0 at {there}")
+  return value
+
+
+def _caller() -> str:
+  """File and line of who calls this module."""
+  frame = sys._getframe(1)
+  while frame.f_code.co_filename == __file__:
+    frame = frame.f_back
+  return f"{pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def meet() -> None:
   """Waits until every process is here."""
   if count() > 1:
-    distributed.global_state.client.wait_at_barrier(f"digzsl/meeting/{next(_numbers)}", 1000 * WAIT)
+    told(lambda: None)  # or it is another meeting
+    number = next(_numbers)
+    distributed.global_state.client.wait_at_barrier(f"digzsl/meeting/{number}", 1000 * WAIT)
 
 
 def check_same(what: str, fields: Mapping[str, Any]) -> None:

@@ -14,9 +14,10 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 
-from digzsl_jax import logs, mesh, processes
+from digzsl_jax import checkpoint, files, logs, mesh, processes
 
 ROOT = pathlib.Path(__file__).parent.parent
 SETTINGS = {"data.train_per_class": 8, "data.test_per_class": 4, "cdm.hidden": 16, "cdm.steps": 20, "cdm.batch": 32,
@@ -30,9 +31,9 @@ def environment(devices):
   """Of a process with so many devices; what was compiled in other tests is shared."""
   told = {name: value for name, value in os.environ.items() if not name.startswith(AROUND)}
   flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-  return told | {"JAX_PLATFORMS": "cpu", "NPROC": "4", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags,
-                 "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"}
+  cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.05"} if jax.config.jax_compilation_cache_dir else {}
+  return told | cache | {"JAX_PLATFORMS": "cpu", "NPROC": "4", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": flags}
 
 
 def start(*commands, devices=1, count=None):
@@ -112,6 +113,24 @@ def test_many_processes_make_what_one_makes(tiny_world, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_train_a_decoder(tiny_world, tmp_path):
+  """To what one makes but for the order of sums over a batch, which are divided among devices."""
+  small = ["data.train=60", "data.test=40", "train.width=16", "train.heads=2", "train.feed_forward=16",
+           "train.shared=8", "train.epochs=2", "train.batch=16", f"models.clip={tiny_world / 'clip'}"]
+  scores, results = [], []
+  for count, devices in ((1, 4), (2, 2)):
+    command = ["-m", "digzsl_jax.main", "--config=configs/quickstart_clip_decoder.py",
+               f"--workdir={tmp_path / str(count)}", *(f"--config.{setting}" for setting in small)]
+    for status, said in ends(start(command, count=count, devices=devices), 300):
+      assert status == 0, said
+    scores.append(checkpoint.read_arrays(tmp_path / str(count) / "evaluate" / "scores.safetensors")["clip_decoder"])
+    results.append(files.read_json(tmp_path / str(count) / "results.json"))
+  np.testing.assert_allclose(*scores, atol=1e-5)
+  assert results[0]["zsl"].keys() == results[1]["zsl"].keys()
+  np.testing.assert_allclose(*(found["gzsl"]["mAP"] for found in results), atol=0.1)
+
+
+@pytest.mark.slow
 def test_a_dry_run_is_printed_once_and_no_step_of_tokens_has_collectives(tiny_world, tmp_path):
   started = start([*main(tiny_world, tmp_path / "run"), "--dry_run", "--config.stages=tokens"], count=2)
   printed = [process.communicate(timeout=100) for process in started]
@@ -183,6 +202,13 @@ processes.meet()
 def test_a_mistake_in_the_program_shows_where():
   (status, said), _ = ends(start(script("if index == 0:\n  1 / 0\nprocesses.meet()"), count=2))
   assert status == 1 and "Traceback" in said and "process 0 of 2: error: ZeroDivisionError: division by zero" in said
+
+
+def test_processes_that_go_apart_do_not_wait_for_each_other():
+  """One asks what the others do not."""
+  body = "if index == 0:\n  processes.told(lambda: 1)\nprocesses.meet()"
+  for status, said in ends(start(script(body), count=2)):
+    assert status == 1 and "error: RuntimeError: process 1 is at <string>:11, process 0 at <string>:10" in said
 
 
 def test_folders_that_are_not_shared(tmp_path):

@@ -352,7 +352,7 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
   slots = fresh_slots(settings, np.where((first := np.arange(settings.slots)) < len(names), first, -1), start_knd)
   outcome, next_class = empty_outcome(settings, start_knd), min(settings.slots, len(names))
   state_file = folder / f"{task.name}_state.safetensors"
-  if (saved := checkpoint.load_state(state_file, (slots, outcome, np.int32(next_class)))) is not None:
+  if (saved := checkpoint.resume_state(state_file, (slots, outcome, np.int32(next_class)))) is not None:
     slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
   idle = fresh_slots(settings, np.full(spare_slots(settings, ws.mesh), -1), start_knd)

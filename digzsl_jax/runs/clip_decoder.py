@@ -284,7 +284,7 @@ def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
   steps = steps_of(settings, len(data.targets_nk))
   trainer = Trainer(settings, model, steps, ws)
   path, state = folder / "state.safetensors", trainer.start()
-  if (kept := checkpoint.load_state(path, state)) is not None:
+  if (kept := checkpoint.resume_state(path, state)) is not None:
     state = mesh.place(kept, mesh.replicated(ws.mesh))
   state, found = train(settings, ws, trainer, data, state, steps, path)
   raw, average = (state.params, state.statistics), state.average
