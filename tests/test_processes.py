@@ -208,7 +208,7 @@ def test_processes_that_go_apart_do_not_wait_for_each_other():
   """One asks what the others do not."""
   body = "if index == 0:\n  processes.told(lambda: 1)\nprocesses.meet()"
   for status, said in ends(start(script(body), count=2)):
-    assert status == 1 and "error: RuntimeError: process 1 is at <string>:11, process 0 at <string>:10" in said
+    assert status == 1 and "error: RuntimeError: process 1 is at <string>:10, process 0 at <string>:9" in said
 
 
 def test_folders_that_are_not_shared(tmp_path):
