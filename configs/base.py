@@ -98,13 +98,13 @@ def tagclip() -> config_dict.ConfigDict:
       method="tagclip",
       seed=0,
       stages=("tags", "masks", "evaluate", "report"),
-      data=dict(name="scenes", world=0, train=108, test=960, seed=0, max_objects=4, size=32),
+      data=dict(name="scenes", world=0, train=108, test=960, seed=0, max_objects=4, size=48),
       models=dict(clip="embedded:scenes_tags/clip", dtype="float32", template="a photo of a {name}", names="",
                   background="", cache="~/.cache/digzsl_jax/texts"),
       mesh=dict(devices=0),
-      tags=dict(first_layer=2, votes=1, threshold=0.5, compat=False, most_patches=1600, buckets=8, pictures=32,
+      tags=dict(first_layer=3, votes=2, threshold=0.5, compat=False, most_patches=1600, buckets=8, pictures=32,
                 crops=64),
-      masks=dict(first_layer=2, last_layer=3, threshold=0.4, compat=False, names="", background="",
+      masks=dict(first_layer=2, last_layer=5, threshold=0.7, compat=False, names="", background="",
                  template="a photo of a {name}", unlabelled=True, crf=False, overlays=True, pictures=32, pairs=64),
       evaluate=dict(difficult=False, drop_empty=False, skip_absent=False, groups="", background=True),
       report=dict(examples=12, labels=60, thumbnail=320, published=()),
@@ -126,6 +126,17 @@ def tagclip_benchmark(**data) -> config_dict.ConfigDict:
                       pairs=16)
   config.evaluate.update(difficult=True, drop_empty=True)
   return config
+
+
+def bench() -> config_dict.ConfigDict:
+  """What is timed, and how; the fields are those of `digzsl_jax/bench/run.py`."""
+  return config_dict.create(
+      method="bench",
+      stages=("tokens", "generate", "features", "head", "classifier", "tagclip", "fid", "unet"),
+      mesh=dict(devices=0),
+      bench=dict(sizes=("tiny",), dtype="float32", batch=0, steps=0, repetitions=10, seconds=60.0, second_start=True,
+                 compare="", out=""),
+  ).lock()
 
 
 def benchmark(name: str, folder: str) -> config_dict.ConfigDict:

@@ -65,12 +65,17 @@ def resolve(name: str, field: str) -> pathlib.Path:
       return inception.locate(name)
     except hub.CheckpointError as error:
       raise ValueError(f"config.{field}: {error}") from error
+  return locate(name, LAYOUTS[field.rpartition(".")[2]], f"config.{field}")
+
+
+def locate(name: str, layout: download.Layout, said: str) -> pathlib.Path:
+  """`resolve` of anything but Inception; `said` is what the message calls the field or flag."""
   path = str(WORLDS / name.removeprefix(EMBEDDED)) if name.startswith(EMBEDDED) else name
   try:
-    return download.locate(path, LAYOUTS[field.rpartition(".")[2]])
+    return download.locate(path, layout)
   except hub.CheckpointError as error:
     shipped = [EMBEDDED + str(found.relative_to(WORLDS)) for found in sorted(WORLDS.glob("*/*/"))]
-    raise ValueError(f"config.{field} is {name!r}, but {error}. A checkpoint is a local folder, owner/name or "
+    raise ValueError(f"{said} is {name!r}, but {error}. A checkpoint is a local folder, owner/name or "
                      f"owner/name@revision of the hub, or one of {shipped}") from error
 
 

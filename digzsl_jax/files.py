@@ -1,5 +1,6 @@
 """Files that a reader finds old or wholly new, never in part; and JSON, read and written in one way."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -32,7 +33,8 @@ def write_atomic(path: os.PathLike, write: Callable[[pathlib.Path], object]) -> 
     raise OSError(f"could not write {path}: {reason}; finished files are untouched, free some space or choose "
                   "another --workdir or --out and start again") from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # where a file stands in the place of its folder there is none either
+      temporary.unlink(missing_ok=True)
 
 
 def write_text(path: os.PathLike, text: str) -> None:

@@ -9,6 +9,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from digzsl_jax import checkpoint, cli, logs, mesh, processes, stages
+from digzsl_jax.bench import run as bench
 from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.runs import (
   cdm,
@@ -36,9 +37,10 @@ CLIP_DECODER = {"train": clip_decoder, "evaluate": evaluate_multilabel, "report"
 TAGCLIP = {"tags": tagclip, "masks": tag_masks, "evaluate": evaluate_tags, "report": report_tags}
 STAGED = {"dig_zsl": (DIG_ZSL, Workspace), "clip_decoder": (CLIP_DECODER, DecoderWorkspace),
           "tagclip": (TAGCLIP, TagWorkspace)}
+DIVIDED = {"dig_zsl", "clip_decoder"}  # what several processes can run together
 # `(config, workdir, log, dry_run)` of each method.
-DIVIDED = {"dig_zsl", "clip_decoder"}  # the methods that several processes can run together
-METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {"pretrain": pretrain.run}
+METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {
+    "pretrain": pretrain.run, "bench": bench.run}
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment; its fields are overridden by dots.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything is written; default runs/<config name>.")

@@ -126,26 +126,6 @@ def _encoder(workdir: pathlib.Path, inputs: dict) -> cdm.Encoder:
   return cdm.load_encoder(cdm.CLIP if own else path, model, path, dtype=inputs["dtype"])
 
 
-def expand(given: Sequence[str]) -> list[pathlib.Path]:
-  """Files as they are, and of folders all pictures below them, sorted.
-
-  Raises:
-    ValueError: there is no such file or folder, or a folder holds no pictures.
-  """
-  found = []
-  for path in map(pathlib.Path, given):
-    if not path.exists():
-      raise ValueError(f"there is no file or folder {path}")
-    if not path.is_dir():
-      found.append(path)
-      continue
-    inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in pictures.SUFFIXES and file.is_file())
-    if not inside:
-      raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(pictures.SUFFIXES))})")
-    found += inside
-  return found
-
-
 def encode(encoder: cdm.Encoder, read: Readable) -> np.ndarray:
   """Feature rows `[n, f]`; a few pictures go in a batch of the next power of two."""
   batch = min(BATCH, 1 << (len(read) - 1).bit_length())
@@ -184,7 +164,7 @@ def predict(args: argparse.Namespace) -> int:
   if args.lam is not None:
     check(0 <= args.lam <= 1, "--lam", args.lam, "from 0 to 1")
     check(args.among == "all", "--among", args.among, "all with --lam, which weighs seen against unseen classes")
-  paths = expand(args.pictures)
+  paths = pictures.find(args.pictures)
   run = load(pathlib.Path(args.workdir).expanduser(), args.source)
   read = Readable(paths, run.size)
   logits_nk = run.classifier(encode(run.encoder, read))

@@ -3,6 +3,8 @@
 Every run of DIG-ZSL or CLIP-Decoder at or below a DIR is read. Runs that differ in nothing but their seeds are one
 row; runs of different methods or data sets stand in different tables. What cannot be read, has not finished or repeats
 another run is named on standard error and left out, and the exit status is 1.
+
+`--bench FILE...` prints the table of `bench.jsonl` files instead, for which nothing is written.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 
 from digzsl_jax import files, merged_runs
 from digzsl_jax import report_page as page
+from digzsl_jax.bench import table as bench_table
 from digzsl_jax.merged_runs import Group, Run, numbers
 from digzsl_jax.report_page import Html, tag
 
@@ -222,9 +225,16 @@ def render(compared: Iterable[tuple[list[Group], dict[str, Any]]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
   """Prints the tables and writes the page; 1 if anything was left out."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("folders", nargs="+", type=pathlib.Path, metavar="DIR", help="a run, or a folder of runs")
+  parser.add_argument("folders", nargs="*", type=pathlib.Path, metavar="DIR", help="a run, or a folder of runs")
+  parser.add_argument("--bench", nargs="+", type=pathlib.Path, metavar="FILE", help="lines of benches, not runs")
   parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="default merged_report.html in the first DIR")
   options = parser.parse_args(arguments)
+  if bool(options.bench) == bool(options.folders):
+    parser.error("either some DIR or --bench FILE... is wanted")
+  if options.bench:
+    lines, problems = bench_table.read(options.bench)
+    print(bench_table.markdown(lines))
+    return complain(problems)
   runs, problems = merged_runs.collect(options.folders)
   compared = merged_runs.group(runs)
   for groups, usual in compared:
@@ -235,6 +245,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or options.folders[0] / "merged_report.html"
     files.write_text(out, render(compared))
     print(f"with curves: {out}")
+  return complain(problems)
+
+
+def complain(problems: Iterable[str]) -> int:
+  """Says what was left out; the exit status."""
+  problems = list(problems)
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
   return 1 if problems else 0

@@ -138,10 +138,10 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
   return Html(f"<{name}{pairs}>{join(*children)}</{name}>")
 
 
-def page(title: str, *body: object) -> str:
-  """The whole page, ASCII, so that no encoding can spoil it."""
+def page(title: str, *body: object, style: str = "") -> str:
+  """The whole page, ASCII, so that no encoding can spoil it; `style` is CSS beside `STYLE`."""
   head = join(Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width">'),
-              tag("title", title), Html(f"<style>{STYLE}</style>"))
+              tag("title", title), Html(f"<style>{STYLE}{style}</style>"))
   text = "<!DOCTYPE html>\n" + tag("html", tag("head", head), tag("body", *body), lang="en") + "\n"
   return text.encode("ascii", "xmlcharrefreplace").decode()
 

@@ -21,12 +21,12 @@ def ordered(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
   return {name: found[name] for name in (*(n for n in names if n in found), *found)}
 
 
-def data_uri(image_hwc: np.ndarray, longest: int) -> str:
-  """A PNG inside the page, reduced to `longest` pixels where it is larger."""
+def data_uri(image_hwc: np.ndarray, longest: int, kind: str = "png") -> str:
+  """A picture inside the page, reduced to `longest` pixels where it is larger; `kind` is "png" or "jpeg"."""
   picture, buffer = Image.fromarray(image_hwc), io.BytesIO()
   picture.thumbnail((longest, longest))
-  picture.save(buffer, format="PNG")
-  return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+  picture.save(buffer, format=kind, quality=85)  # of which a PNG takes no notice
+  return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def duration(seconds: float) -> str:

@@ -4,8 +4,10 @@ Two compiled calls for each padded shape, `_first` (coarse scores, refinement, c
 between them one visit to the host, which lists the candidates. These wait until they fill a group, whichever picture of
 the bucket they are of; their pictures wait with them, as bytes and at most a group and a batch of them.
 
-Memory of a device in `_first`, beside weights and `pictures * (rows * columns + 1) * (intermediate_size + 5 *
-hidden_size)` activations of one layer: `tagclip.affinity` says.
+Memory of a device in `_first`, beside weights, is for each of its pictures, N patches after padding, one layer's
+activations, about `4 N (intermediate_size + 5 hidden_size)` bytes, and about `20 N^2` of `tagclip.scores_and_affinity`:
+of ViT-B/16 in float32 some 50 MiB at 480x640 and 75 MiB at 640x640, as compiled for a CPU. In `_second` it is 11 MiB a
+crop.
 
 Shapes: b picture of a batch, n candidate, i j height and width in pixels or patches, c colours, f labels, k classes:
 labels, then background, p width of the shared space.
@@ -23,7 +25,7 @@ import numpy as np
 
 from digzsl_jax import native_batches
 from digzsl_jax.data.native import Bucket, Native
-from digzsl_jax.models import tagclip
+from digzsl_jax.models import affinity, tagclip
 from digzsl_jax.models.cdm import Preprocess
 from digzsl_jax.models.clip import CLIPModel
 
@@ -35,6 +37,12 @@ class Rules(NamedTuple):
   votes: int = 4
   threshold: float = 0.5
   compat: bool = False
+
+  @classmethod
+  def for_layers(cls, layers: int, threshold: float = 0.5, compat: bool = False) -> "Rules":
+    """First layer and votes in proportion to a model's layers; for 12 alone they are published, and there the same."""
+    first = max(min(round(8 / 12 * layers), layers - 2), 0)  # at least one layer is averaged
+    return cls(first, max(round(4 / 12 * layers), 1), threshold, compat)
 
 
 class Scored(NamedTuple):
@@ -84,21 +92,24 @@ class Tagger:
   """TagCLIP with one model, one set of texts and one set of rules."""
 
   def __init__(self, model: CLIPModel, preprocess: Preprocess, text_kp: np.ndarray, labels: int, rules: Rules, *,
-               pictures: int = 4, crops: int = 16, devices: Sequence[jax.Device] | None = None):
+               pictures: int | None = None, crops: int | None = None, devices: Sequence[jax.Device] | None = None):
     """
     Args:
       preprocess: its mean and std are used: pictures keep their size.
       text_kp: embeddings of labels and background, of length 1.
       labels: so many of the classes, the first ones, are no background.
-      pictures: that a device takes at a time.
-      crops: that a device takes at a time.
+      pictures: that a device takes at a time; None for 1 on a CPU, where more are no faster, and 8 elsewhere.
+      crops: likewise; None for 4 and 32.
       devices: all of this process by default.
 
     Raises:
       ValueError: sizes that do not fit each other or the model.
     """
     layers = len(model.vision_model.encoder.layers)
-    tagclip.check(layers, rules.first_layer, rules.votes)
+    affinity.check(layers, rules.first_layer, rules.votes)
+    on_cpu = jax.default_backend() == "cpu"
+    pictures = (1 if on_cpu else 8) if pictures is None else pictures
+    crops = (4 if on_cpu else 32) if crops is None else crops
     if pictures < 1 or crops < 1:
       raise ValueError(f"pictures {pictures} and crops {crops} of a batch must be at least 1")
     self.static, self.weights = native_batches.prepare(model, preprocess, text_kp, labels, rules, devices)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax.models import cls_seg, tagclip
+from digzsl_jax.models import clip_patches, cls_seg
 from tests import plain_cls_seg as plain
 from tests.test_tagclip import (
   BASE,
@@ -55,7 +55,7 @@ def exact_model(model, config):
 def compiled(graphdef, rows, columns, layers):
   def run(state, images_bijc, grids_b2, text_kp, allowed_bk, picture_n, label_n):
     model = nnx.merge(graphdef, state)
-    hidden, attention = tagclip.features(model, images_bijc, grids_b2)
+    hidden, attention = clip_patches.features(model, images_bijc, grids_b2)
     grids_n2 = grids_b2[picture_n]
     cams = cls_seg.cams(model, hidden[picture_n], grids_n2, rows, columns, text_kp, allowed_bk[picture_n])(label_n)
     affinity = cls_seg.affinity(attention, grids_b2, rows, columns, **dict(layers))

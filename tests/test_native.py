@@ -152,3 +152,12 @@ def test_plan_of_none():
   assert native.plan(np.zeros((0, 2), int), 3) == []
   with pytest.raises(ValueError, match="at least 1 shape, not 0"):
     native.plan(np.ones((3, 2), int), 0)
+
+
+def test_shapes_are_not_joined_beyond_a_size():
+  grids_n2 = np.array([(40, 40), (30, 40), (40, 30), (1, 800), (2, 750), (800, 1)])
+  found = native.plan(grids_n2, 1, largest=1600)
+  assert [(each.rows, each.columns, each.members.tolist()) for each in found] == [
+      (800, 1, [5]), (2, 800, [3, 4]), (40, 40, [0, 1, 2])]
+  assert len(native.plan(grids_n2, 1)) == 1
+  assert [each.members.tolist() for each in native.plan(grids_n2[:3], 1, largest=100)] == [[0, 1, 2]]

@@ -150,6 +150,22 @@ def test_bfloat16(model, read, found):
   assert far > 1e-3  # it is another computation
 
 
+def held(heads, pairs):
+  """Bytes that a call needs for a picture of 16 x 32 patches, beside weights and maps."""
+  config = {**small.SMALL, "vision_config": {**small.SMALL["vision_config"], "num_attention_heads": heads}}
+  made = engine(small.make_model(config, 20), pictures=1, pairs=pairs)
+  arrays = [np.zeros((1, 256, 512, 3), np.uint8), *(np.zeros((1, n), np.int32) for n in (2, small.LABELS, pairs))]
+  call = segmenter._maps.lower(made.static, made.weights, *arrays, np.zeros(1, np.int32))
+  return call.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_heads_and_labels():
+  patches, inner = 512, small.SMALL["vision_config"]["intermediate_size"]
+  few = held(heads=2, pairs=1)
+  assert few < 4 * max(6 * patches**2, 9 * (patches + 1) * inner + 2 * patches**2)
+  assert held(heads=16, pairs=40) < 1.1 * few
+
+
 class Watched:
   """Pictures one of which is damaged; `asked` tells whose pixels were wanted."""
 

@@ -21,20 +21,26 @@ TOOLS = {"processes", "mesh", "checkpoint", "logs", "mask_files", "report_page",
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
-    "main": {"runs", "stages", *WORKSPACES, *TOOLS},
+    "main": {"runs", "bench", "stages", *WORKSPACES, *TOOLS},
     "stages": {"base_workspace", *TOOLS},
-    "report": {"merged_runs", *TOOLS},
+    "report": {"merged_runs", "bench", *TOOLS},
     "merged_runs": {"report_page", "files"},
     "convert": {"files"},
     "generate": {*LIBRARY, *TOOLS},
     "tagger": {"native_batches", "models", "data"},
     "segmenter": {"native_batches", "models", "data"},
     "native_batches": {"models", "data"},
+    "tag": {"tagger", "segmenter", "tag_records", "mask_folder", "contact_sheet", "label_texts", "base_workspace",
+            *LIBRARY, *TOOLS},
+    "tag_records": {"files"},
+    "mask_folder": {"segmenter", "tag_records", "mask_files", "contact_sheet", "data", "files"},
+    "contact_sheet": {"data", "report_page", "report_parts", "files"},
     "predict": {"runs", "base_workspace", "workspace", *LIBRARY, *TOOLS},
     "verify": {"verify", *LIBRARY, *TOOLS},
-    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "features",
-             "world_export", *LIBRARY,
-             *TOOLS},  # but never each other
+    "bench": {"bench", "runs", "base_workspace", "tagger", "flops", "verify", *LIBRARY, *TOOLS},
+    "flops": {"models"},
+    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "features", "world_export",
+             *LIBRARY, *TOOLS},  # but never each other
     "loop": {"models", "checkpoint", "logs"},
     "world_export": {"models", "diffusion", "data", "loop", "checkpoint", "files"},
     "batches": set(),
@@ -70,7 +76,8 @@ NAMES_FOLDERS = {f"{PACKAGE}/models/{name}.py" for name in
                  ("stable_diffusion", "single_file", "cdm", "inception", "tresnet", "ml_decoder")}
 ORACLES = {"torch", "torchvision", "diffusers", "transformers", "timm", "sklearn"}
 CONVERTER = f"{PACKAGE}/convert.py"  # reads pickles, which only PyTorch can; loads it when it is called
-REFERENCE = f"{PACKAGE}/verify/reference.py"  # the oracle itself, run in a process of its own and imported by nothing
+# The oracle itself, run in a process of its own and imported by nothing.
+REFERENCES = {f"{PACKAGE}/{part}/reference.py" for part in ("verify", "bench")}
 SLOW_OPTIONAL = {"tensorflow", "tensorflow_datasets", "grain", "scipy", "h5py", "pycocotools"}
 
 
@@ -111,8 +118,8 @@ def test_heavy_packages_stay_out(file):
   # A function's own import costs nothing until it is called.
   at_import = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
   found = {name.split(".")[0] for name in imports(at_import if file == CONVERTER else tree)}
-  assert file == REFERENCE or not found & ORACLES, "oracles belong to tests alone"
-  assert f"{PACKAGE}.verify.reference" not in imports(tree)
+  assert file in REFERENCES or not found & ORACLES, "oracles belong to tests alone"
+  assert not {f"{PACKAGE}.verify.reference", f"{PACKAGE}.bench.reference"} & set(imports(tree))
   assert not {name.split(".")[0] for name in imports(at_import)} & SLOW_OPTIONAL, "import it where it is used"
 
 
@@ -212,7 +219,7 @@ def read_by_others(section: str) -> set[str]:
           and isinstance(field, ast.Constant) and outer.value == section}
 
 
-@pytest.mark.parametrize("file", in_package("runs"))
+@pytest.mark.parametrize("file", in_package("runs", "bench"))
 def test_every_setting_has_an_effect(file):
   names = {pathlib.Path(module.__file__).name: name
            for known, _ in main.STAGED.values() for name, module in known.items()}

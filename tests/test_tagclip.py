@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 from flax import nnx
 
-from digzsl_jax.models import clip, hub, tagclip
+from digzsl_jax.models import clip, clip_patches, hub, tagclip
 from tests import plain_tagclip as plain
 
 TEXT = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -129,7 +129,7 @@ def attention_of(out, b):
 
 def positions_of(model, rows, columns):
   grids = np.array([[rows, columns]])
-  return np.asarray(tagclip.positions(model.vision_model.embeddings, grids, rows, columns))[0]
+  return np.asarray(clip_patches.positions(model.vision_model.embeddings, grids, rows, columns))[0]
 
 
 def close(found, wanted, bound=1e-5):
@@ -154,7 +154,7 @@ def test_positions_are_bilinear_in_half_precision(small):
 def test_half_is_ieee():
   rng = np.random.default_rng(0)
   x = (rng.normal(size=4000) * 10.0**rng.integers(-9, 3, 4000)).astype(np.float32)
-  np.testing.assert_array_equal(jax.jit(tagclip._half)(x), x.astype(np.float16).astype(np.float32))
+  np.testing.assert_array_equal(jax.jit(clip_patches._half)(x), x.astype(np.float16).astype(np.float32))
 
 
 @PICTURES

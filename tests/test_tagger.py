@@ -8,7 +8,7 @@ from PIL import Image
 
 from digzsl_jax import tagger
 from digzsl_jax.data import native
-from digzsl_jax.models import cdm, clip, hub
+from digzsl_jax.models import cdm, clip, hub, tagclip
 from tests import test_tagclip as small
 
 PREPROCESS = cdm.Preprocess(64, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -115,6 +115,19 @@ def test_one_compilation_of_each_call_for_a_bucket(model, planned):
   assert (counts() - before).tolist() == [len(buckets)] * 2
 
 
+def test_memory_does_not_grow_with_layers():
+  def temporary(layers):
+    vision = small.SMALL["vision_config"] | {"num_hidden_layers": layers}
+    graphdef, state = nnx.split(hub.abstract(clip.CLIPModel, small.SMALL | {"vision_config": vision}))
+    call = jax.jit(lambda state, *inputs: tagclip.scores_and_affinity(nnx.merge(graphdef, state), *inputs,
+                                                                      first_layer=0, votes=2))
+    shapes = (2, 256, 256, 3), (2, 2), (9, 24)
+    inputs = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, (np.float32, np.int32, np.float32))]
+    return call.lower(state, *inputs).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(8) - temporary(3) < 2 * 4 * 256**2  # not one attention map of both pictures
+
+
 def test_nothing_to_do(model, planned):
   engine = tagger.Tagger(model, PREPROCESS, small.make_texts(24), small.LABELS, RULES)
   assert list(engine.stream(planned[0], [])) == []
@@ -155,5 +168,11 @@ def test_errors(model):
     make(labels=10)
   with pytest.raises(ValueError, match="first_layer 8 and votes 4 do not fit a model of 5 layers"):
     make(rules=tagger.Rules())
-  with pytest.raises(ValueError, match="pictures 0 and crops 16 of a batch must be at least 1"):
+  with pytest.raises(ValueError, match="pictures 0 and crops 4 of a batch must be at least 1"):
     make(pictures=0)
+
+
+def test_rules_for_other_depths():
+  rules = tagger.Rules.for_layers
+  assert [rules(layers)[:2] for layers in (12, 24, 4, 3, 2)] == [(8, 4), (16, 8), (2, 1), (1, 1), (0, 1)]
+  assert rules(12) == tagger.Rules() and rules(12, 0.1, True) == tagger.Rules(8, 4, 0.1, True)

@@ -145,8 +145,8 @@ class Bucket(NamedTuple):
   members: np.ndarray
 
 
-def plan(grids_n2: np.ndarray, most: int) -> list[Bucket]:
-  """At most `most` padded shapes for all pictures, the smallest first.
+def plan(grids_n2: np.ndarray, most: int, largest: int | None = None) -> list[Bucket]:
+  """At most `most` padded shapes for all pictures, the smallest first; more where `largest` forbids to join them.
 
   From one bucket for each grid that there is, the two whose union adds the fewest padded patches are joined until so
   few are left.
@@ -154,6 +154,8 @@ def plan(grids_n2: np.ndarray, most: int) -> list[Bucket]:
   Args:
     grids_n2: rows and columns of patches of every picture.
     most: how many shapes may be compiled.
+    largest: so many patches at most has a shape that is larger than every picture in it: a wide and a high picture are
+      not padded to a square that fits in no memory. None allows any.
 
   Raises:
     ValueError: `most` is less than 1.
@@ -164,14 +166,14 @@ def plan(grids_n2: np.ndarray, most: int) -> list[Bucket]:
                                          return_counts=True)
   sides_2d, counts_d = grids_d2.T.astype(np.int64), counts_d.astype(np.int64)
   into_d = np.arange(len(counts_d))  # which bucket a grid is in
-  for kept, gone in _unions(sides_2d, counts_d, most):
+  for kept, gone in _unions(sides_2d, counts_d, most, largest):
     into_d[into_d == gone] = kept
   bucket_n = into_d[grid_n.reshape(-1)]
   found = [Bucket(*map(int, sides_2d[:, bucket]), np.nonzero(bucket_n == bucket)[0]) for bucket in np.unique(bucket_n)]
   return sorted(found, key=lambda bucket: (bucket.rows * bucket.columns, bucket.rows))
 
 
-def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int):
+def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int, largest: int | None):
   """Yields `(kept, gone)` of one union after another; updates both arrays in place.
 
   Each row of the cost matrix remembers its least entry, so that a union takes time in proportion to the rows that it
@@ -183,8 +185,10 @@ def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int):
   def costs(bucket: int) -> np.ndarray:
     area = lambda sides: sides[0] * sides[1]
     own = sides_2d[:, bucket, None]
-    joined_d = area(np.maximum(sides_2d, own)) * (counts_d + counts_d[bucket])
-    added_d = joined_d - area(sides_2d) * counts_d - area(own) * counts_d[bucket]
+    joined_d = area(np.maximum(sides_2d, own))
+    added_d = joined_d * (counts_d + counts_d[bucket]) - area(sides_2d) * counts_d - area(own) * counts_d[bucket]
+    if largest is not None:
+      added_d[joined_d > np.maximum(np.maximum(area(sides_2d), area(own)), largest)] = never
     added_d[~alive_d] = never
     added_d[bucket] = never
     return added_d
@@ -195,6 +199,8 @@ def _unions(sides_2d: np.ndarray, counts_d: np.ndarray, most: int):
   best_d, least_d = cost_dd.argmin(1), cost_dd.min(1)
   for _ in range(distinct - most):
     kept = int(least_d.argmin())
+    if least_d[kept] == never:
+      return
     gone = int(best_d[kept])
     sides_2d[:, kept] = np.maximum(sides_2d[:, kept], sides_2d[:, gone])
     counts_d[kept] += counts_d[gone]

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.resources.abc import Traversable
@@ -87,6 +88,26 @@ class Pictures:
     return digest.digest()
 
 
+def find(given: Iterable[str]) -> list[pathlib.Path]:
+  """Files as they are, and of folders all pictures below them, sorted.
+
+  Raises:
+    ValueError: there is no such file or folder, or a folder holds no pictures.
+  """
+  found = []
+  for path in map(pathlib.Path, given):
+    if not path.exists():
+      raise ValueError(f"there is no file or folder {path}")
+    if not path.is_dir():
+      found.append(path)
+      continue
+    inside = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not inside:
+      raise ValueError(f"the folder {path} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+    found += inside
+  return found
+
+
 def scan(folder: Traversable, paths: Iterable[str]) -> tuple[list[File], dict[str, str]]:
   """Looks at every file without decoding it where its beginning and end show that it is whole.
 
@@ -131,13 +152,18 @@ def decode(path: Traversable, size: int, fit: str = "crop") -> np.ndarray:
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def read_rgb(path: Traversable) -> Image.Image:
+def read_rgb(path: Traversable, enough: int | None = None) -> Image.Image:
   """A picture file as it is shown: turned, RGB, of its own size.
+
+  Args:
+    enough: where it is given, a JPEG may be decoded at a reduced size, neither side shorter than this; that is quick.
 
   Raises:
     ValueError: it is missing or damaged.
   """
   with opened(path) as image:
+    if enough:
+      image.draft(None, (enough, enough))
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):  # which Pillow would clip to white
       image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

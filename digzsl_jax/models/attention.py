@@ -91,8 +91,7 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
               bias_bm: jax.Array) -> tuple[jax.Array, jax.Array]:
   """`attention` and the mean over heads of its weights, `(out_blhd, mean_blm)`, one head after another.
 
-  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`). The way back
-  computes a head's weights again.
+  On a CPU it is one head of one row after another, as products of plain matrices (see `by_heads`).
 
   Args:
     bias_bm: added to the logits of every query and head; `-inf` masks.
@@ -100,24 +99,54 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   h, d = q_blhd.shape[2:]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-  @jax.checkpoint
-  def one(sum_lm, qkv, bias_m):
-    q_ld, k_md, v_md = qkv
+  def one(q_ld, k_md, v_md, bias_m):
     weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
-    out_ld = product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
-    return sum_lm + weights_lm, out_ld
+    return weights_lm, product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+
+  # Both sums and outputs start from what the queries give: XLA would write constant zeros for all layers of a model
+  # before it computes the first one, and memory would grow with their number.
+  def zeros(q_ld, bias_m):
+    return 0 * q_ld[..., :1].astype(jnp.float32) + jnp.zeros(bias_m.shape[-1])
+
+  def heads(q_hld, k_hmd, v_hmd, bias_m):
+    def add(carry, head):
+      place, *qkv = head
+      sum_lm, out_hld = carry
+      weights_lm, out_ld = one(*qkv, bias_m)
+      return (sum_lm + weights_lm, out_hld.at[place].set(out_ld)), None
+
+    (sum_lm, out_hld), _ = jax.lax.scan(add, (zeros(q_hld[0], bias_m), q_hld), (jnp.arange(h), q_hld, k_hmd, v_hmd))
+    return sum_lm / h, out_hld
+
+  def one_row(row, carry):
+    return jax.tree.map(lambda kept, new: kept.at[row].set(new), carry, heads(q[row], k[row], v[row], bias_bm[row]))
+
+  if jax.default_backend() == "cpu":
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd))
+    mean_blm, out_bhld = jax.lax.fori_loop(0, len(q), one_row, (zeros(q[:, 0], bias_bm), q))
+    return jnp.moveaxis(out_bhld, 1, 2), mean_blm
+  q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd))
+  mean_blm, out_hbld = heads(q, k, v, bias_bm[:, None])
+  return jnp.moveaxis(out_hbld, 0, 2), mean_blm
+
+
+def masked(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array) -> jax.Array:
+  """The first of what `with_mean` gives, where a gradient is wanted: the way back computes a head's weights again."""
+  d, product = q_blhd.shape[-1], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+  @jax.checkpoint
+  def one(q_ld, k_md, v_md, bias_m):
+    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
+    return product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
 
   def heads(row):
     *qkv, bias_m = row  # `[h, l, d]` each
-    zeros_lm = jnp.zeros((*qkv[0].shape[1:-1], bias_m.shape[-1]))
-    sum_lm, out_hld = jax.lax.scan(lambda sum_lm, qkv: one(sum_lm, qkv, bias_m), zeros_lm, tuple(qkv))
-    return out_hld, sum_lm / h
+    return jax.lax.map(lambda head: one(*head, bias_m), tuple(qkv))
 
   if jax.default_backend() == "cpu":
-    out_bhld, mean_blm = jax.lax.map(heads, (*(jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm))
-    return jnp.moveaxis(out_bhld, 1, 2), mean_blm
-  out_hbld, mean_blm = heads((*(jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm[:, None]))
-  return jnp.moveaxis(out_hbld, 0, 2), mean_blm
+    rows = (*(jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm)
+    return jnp.moveaxis(jax.lax.map(heads, rows), 1, 2)
+  return jnp.moveaxis(heads((*(jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm[:, None])), 0, 2)
 
 
 def flash(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:

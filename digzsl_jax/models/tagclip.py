@@ -20,7 +20,7 @@ Shapes: b picture, n candidate, i j height and width of a batch in pixels or pat
 (patches row by row), d width, p width of the shared space, c colours, k classes: labels, then background, f the labels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,6 +29,8 @@ import numpy as np
 
 from digzsl_jax.models import attention as heads
 from digzsl_jax.models import clip
+from digzsl_jax.models.affinity import Affinity
+from digzsl_jax.models.clip_patches import bilinear, each_layer, inside, into, logits, patch_embeds
 
 OUTSIDE = -1000.0  # added to the class position's logits at patches of a crop that are not of the region
 
@@ -67,42 +69,24 @@ def coarse_scores(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.A
     text_kp: embeddings of labels and background, of length 1.
 
   Returns:
-    `(scores_bijk, attention)`, the second as of `features`.
+    `(scores_bijk, attention)`, the second as of `clip_patches.features`.
 
   Raises:
     ValueError: sides of `images_bijc` that are no whole patches.
   """
   attention = []
-  take = lambda weights_blm, _: attention.append(weights_blm)
-  return _coarse_scores(model, images_bijc, grids_b2, text_kp, take), attention
-
-
-def features(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-  """The vision tower up to its last layer.
-
-  Args:
-    images_bijc: as of `coarse_scores`, as is `grids_b2`.
-
-  Returns:
-    `(hidden_bld, attention)`: what enters the last layer, the class position first, and the mean over heads from patch
-    to patch, `[b, l, m]` of every layer, the last too; rows are short of 1 by what goes to the class position.
-
-  Raises:
-    ValueError: sides of `images_bijc` that are no whole patches.
-  """
-  attention = []
-  hidden_bld, _ = each_layer(model, images_bijc, grids_b2, lambda weights_blm, _: attention.append(weights_blm))
-  return hidden_bld, attention
+  return _coarse_scores(model, images_bijc, grids_b2, text_kp, into(attention)), attention
 
 
 def scores_and_affinity(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array, text_kp: jax.Array, *,
                         first_layer: int = 8, votes: int = 4) -> tuple[jax.Array, jax.Array]:
-  """`coarse_scores` and the `affinity` of its attention, which is used up layer by layer.
+  """`coarse_scores` and the affinity of its attention (`models/affinity.py`), which is used up layer by layer.
 
   Of what has `l * m` numbers a picture there are at most five at a time, whatever the number of layers and heads: a
   layer's mean over heads, one or two on the way to it, the average and the votes so far.
   """
-  gather = _Affinity(grids_b2, len(model.vision_model.encoder.layers), first_layer, votes)
+  rows, columns = grid(*images_bijc.shape[1:3], model.vision_model.embeddings.patch_size)
+  gather = Affinity(inside(grids_b2, rows, columns), len(model.vision_model.encoder.layers), first_layer, votes)
   return _coarse_scores(model, images_bijc, grids_b2, text_kp, gather.add), gather.result()
 
 
@@ -113,65 +97,6 @@ def _coarse_scores(model, images_bijc, grids_b2, text_kp, take) -> jax.Array:
   patch = model.vision_model.embeddings.patch_size
   rows, columns = (side // patch for side in images_bijc.shape[1:3])
   return scores_blk.reshape(len(scores_blk), rows, columns, -1)
-
-
-def each_layer(model: clip.CLIPModel, images_bijc: jax.Array, grids_b2: jax.Array,
-               take: Callable[[jax.Array, jax.Array], None]) -> tuple[jax.Array, jax.Array]:
-  """`features` that gives the attention of one layer after another away.
-
-  Args:
-    take: is called with a layer's `weights_blm` and with the picture's own patches, `inside_bij`.
-
-  Returns:
-    `(hidden_bld, values_bld)`: what enters the last layer, and its values.
-  """
-  tower = model.vision_model
-  _, height, width, _ = images_bijc.shape
-  patch = tower.embeddings.patch_size
-  if height % patch or width % patch:
-    raise ValueError(f"images of {height}x{width} pixels are no whole patches of {patch}: resize them")
-  rows, columns = height // patch, width // patch
-  x_bld = tower.pre_layrnorm(tower.embeddings(images_bijc, positions(tower.embeddings, grids_b2, rows, columns)))
-  inside_bij, bias_bm = inside(grids_b2, rows, columns), bias(grids_b2, rows, columns)
-  for layer in tower.encoder.layers:
-    before_bld, own = x_bld, layer.self_attn
-    q_blhd, k_blhd, v_blhd = own.project(layer.layer_norm1(x_bld))
-    attended_blhd, weights_blm = heads.with_mean(q_blhd, k_blhd, v_blhd, bias_bm)
-    take(weights_blm[:, 1:, 1:], inside_bij)
-    x_bld = layer.feed_forward(before_bld + own.out_proj(attended_blhd.reshape(x_bld.shape)))
-  return before_bld, v_blhd.reshape(x_bld.shape)
-
-
-def patch_embeds(model: clip.CLIPModel, before_bld: jax.Array, values_bld: jax.Array) -> jax.Array:
-  """Embeddings `[b, l, p]`, of any norm, of the patches, out of the last layer's input and values."""
-  tower, last = model.vision_model, model.vision_model.encoder.layers[-1]
-  x_bld = last.feed_forward(before_bld + last.self_attn.out_proj(values_bld))
-  return model.visual_projection(tower.post_layernorm(x_bld[:, 1:]))
-
-
-def bias(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
-  """What keeps attention out of the padding, `[b, m]`, the class position first: 0, or -inf in the padding."""
-  inside_bl = inside(grids_b2, rows, columns).reshape(len(grids_b2), -1)
-  return jnp.where(jnp.pad(inside_bl, ((0, 0), (1, 0)), constant_values=True), 0, -jnp.inf)
-
-
-def positions(embeddings: clip.VisionEmbeddings, grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
-  """Position embeddings `[b, l, d]` of pictures of any size in a batch of `rows` times `columns` patches.
-
-  Those of the model, interpolated bilinearly without antialias (PyTorch's `align_corners=False`) and rounded to half
-  precision; a picture of the model's own size has them as they are. Both as in the released code.
-  """
-  table_ld = embeddings.position_embedding.embedding[...].astype(jnp.float32)
-  side = embeddings.image_size // embeddings.patch_size
-  own_rsd = table_ld[1:].reshape(side, side, -1)
-  down_bir, across_bjs = (_bilinear(jnp.zeros_like(sizes_b), jnp.full_like(sizes_b, side), side, sizes_b, most)
-                          for sizes_b, most in zip(grids_b2.T, (rows, columns)))
-  grid_bijd = _half(jnp.einsum("bir,bjs,rsd->bijd", down_bir, across_bjs, own_rsd, precision="highest"))
-  kept_ijd = jnp.pad(own_rsd, ((0, max(rows - side, 0)), (0, max(columns - side, 0)), (0, 0)))[:rows, :columns]
-  grid_bijd = jnp.where((grids_b2 == side).all(1)[:, None, None, None], kept_ijd, grid_bijd)
-  b, width = len(grids_b2), table_ld.shape[1]
-  class_b1d = jnp.broadcast_to(table_ld[:1], (b, 1, width))
-  return jnp.concatenate([class_b1d, grid_bijd.reshape(b, -1, width)], axis=1).astype(embeddings.dtype)
 
 
 def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax.Array, *, first_layer: int = 8,
@@ -189,39 +114,10 @@ def refine(scores_bijk: jax.Array, attention: Sequence[jax.Array], grids_b2: jax
   Raises:
     ValueError: too few layers for `first_layer` or `votes`.
   """
-  gather = _Affinity(grids_b2, len(attention), first_layer, votes)
+  gather = Affinity(inside(grids_b2, *scores_bijk.shape[1:3]), len(attention), first_layer, votes)
   for weights_blm in attention:
-    gather.add(weights_blm, inside(grids_b2, *scores_bijk.shape[1:3]))
+    gather.add(weights_blm)
   return spread(scores_bijk, gather.result(), grids_b2, compat=compat)
-
-
-class _Affinity:
-  """From patch to patch: the mean attention of some layers where it is above its mean in enough of all layers."""
-
-  def __init__(self, grids_b2: jax.Array, layers: int, first_layer: int, votes: int):
-    check(layers, first_layer, votes)
-    self.averaged, self.votes, self.layer = range(first_layer, layers - 1), votes, 0
-    self.pairs_b11 = (grids_b2.prod(1)**2)[:, None, None]
-    self.above_blm, self.sum_blm = 0, 0
-
-  def add(self, weights_blm: jax.Array, inside_bij: jax.Array) -> None:
-    """The next layer."""
-    inside_bl1 = inside_bij.reshape(len(inside_bij), -1, 1)
-    mean_b11 = weights_blm.sum((1, 2), keepdims=True, where=inside_bl1) / self.pairs_b11
-    # A weight towards the padding is 0, which is never above the mean.
-    self.above_blm += (weights_blm > mean_b11).astype(jnp.int32)
-    if self.layer in self.averaged:
-      self.sum_blm += weights_blm
-    self.layer += 1
-
-  def result(self) -> jax.Array:
-    return self.sum_blm / len(self.averaged) * (self.above_blm >= self.votes)
-
-
-def check(layers: int, first_layer: int, votes: int) -> None:
-  """Raises ValueError if a model of so many layers has too few for `refine`."""
-  if not (0 <= first_layer < layers - 1 and 1 <= votes <= layers):
-    raise ValueError(f"first_layer {first_layer} and votes {votes} do not fit a model of {layers} layers")
 
 
 def spread(scores_bijk: jax.Array, affinity_blm: jax.Array, grids_b2: jax.Array, *, compat: bool = False) -> jax.Array:
@@ -337,7 +233,7 @@ def look(model: clip.CLIPModel, images_nijc: jax.Array, masks_nij: jax.Array, bo
   size, patch = tower.image_size, tower.embeddings.patch_size
   top_n, left_n, bottom_n, right_n = boxes_n4.T
   starts, lengths = (top_n, left_n), (bottom_n - top_n, right_n - left_n)
-  down_nri, across_nsj = (_bilinear(start_n * patch, length_n * patch, pixels, jnp.full_like(length_n, size), size)
+  down_nri, across_nsj = (bilinear(start_n * patch, length_n * patch, pixels, jnp.full_like(length_n, size), size)
                           for start_n, length_n, pixels in zip(starts, lengths, images_nijc.shape[1:3]))
   crops_nrsc = jnp.einsum("nri,nsj,nijc->nrsc", down_nri, across_nsj, images_nijc, precision="highest")
 
@@ -375,33 +271,9 @@ def tags(scores_bf: jax.Array, threshold: float = 0.5) -> jax.Array:
   return above_bf | ~above_bf.any(1, keepdims=True) & best_bf
 
 
-def inside(grids_b2: jax.Array, rows: int, columns: int) -> jax.Array:
-  """Which patches of the batch are of the picture, `[b, i, j]`."""
-  return (jnp.arange(rows)[:, None] < grids_b2[:, :1, None]) & (jnp.arange(columns) < grids_b2[:, 1:, None])
-
-
-def logits(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
-  """The scaled cosine of embeddings, `[..., p]`, and classes, `[..., k]`, float32."""
-  embeds = embeds.astype(jnp.float32)
-  embeds /= jnp.linalg.norm(embeds, axis=-1, keepdims=True)
-  cosines = jnp.einsum("...p,kp->...k", embeds, text_kp.astype(jnp.float32), precision="highest")
-  return jnp.exp(model.logit_scale[...].astype(jnp.float32)) * cosines
-
-
 def _probabilities(model: clip.CLIPModel, embeds: jax.Array, text_kp: jax.Array) -> jax.Array:
   """Softmax over the classes."""
   return jax.nn.softmax(logits(model, embeds, text_kp), axis=-1)
-
-
-def _bilinear(start_n: jax.Array, length_n: jax.Array, inputs: int, outputs_n: jax.Array, most: int) -> jax.Array:
-  """Weights `[n, most, inputs]` that resize `length` of `inputs` pixels, from `start` on, to `outputs`.
-
-  PyTorch's bilinear `interpolate` with `align_corners=False` along one axis: no antialias, the border repeated. What is
-  beyond `outputs` repeats the last one.
-  """
-  ratio_n1 = (length_n / outputs_n)[:, None]
-  place_no = jnp.clip((jnp.arange(most) + 0.5) * ratio_n1 - 0.5, 0, (length_n - 1)[:, None])
-  return jnp.maximum(1 - jnp.abs(place_no[..., None] - (jnp.arange(inputs) - start_n[:, None])[:, None]), 0)
 
 
 def _nearest(most: int, outputs: int) -> jax.Array:
@@ -411,12 +283,6 @@ def _nearest(most: int, outputs: int) -> jax.Array:
   """
   ratio_n1 = np.arange(most + 1, dtype=np.float32)[:, None] / np.float32(outputs)
   return jnp.asarray(np.floor(ratio_n1 * np.arange(outputs, dtype=np.float32)).astype(np.int32))
-
-
-def _half(x: jax.Array) -> jax.Array:
-  """`x` rounded to half precision: XLA may drop a conversion to and fro, and `reduce_precision` drops subnormals."""
-  subnormal = jnp.round(x * 2.0**24) * 2.0**-24
-  return jnp.where(jnp.abs(x) < 2.0**-14, subnormal, jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10))
 
 
 def relative(scores_bijk: jax.Array, inside_bij1: jax.Array) -> tuple[jax.Array, jax.Array]:

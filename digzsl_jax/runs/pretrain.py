@@ -24,7 +24,7 @@ from digzsl_jax import checkpoint, diffusion, files, loop, losses, world_export
 from digzsl_jax.base_workspace import parse
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
 from digzsl_jax.logs import Log, memory_and_flops, parameter_table, write_provenance
-from digzsl_jax.models import clip, hub, judge, tagclip, unet, vae
+from digzsl_jax.models import clip, clip_patches, hub, judge, unet, vae
 
 
 class Corpus(NamedTuple):
@@ -79,7 +79,7 @@ def clip_loss(patches: float, model: clip.CLIPModel, frozen: None, batch, key: j
   loss, accuracy = losses.clip(images_bp, texts_bp, scale)
   found = {"accuracy": accuracy}
   if patches:
-    patches_blp = tagclip.patch_embeds(model, out["hidden"][-2], out["values"][-1])
+    patches_blp = clip_patches.patch_embeds(model, out["hidden"][-2], out["values"][-1])
     of_patches, found["patch_accuracy"] = losses.patch_clip(patches_blp, texts_bp, scale)
     loss += patches * of_patches
   return loss, {"loss": loss} | found

@@ -182,5 +182,6 @@ def views(ws: TagWorkspace, settings: Settings) -> Iterator[tuple[int, dict[str,
       labels_hw = label_maps.read(ws.folder("masks") / listed[row], np.arange(-1, len(ws.dataset.names)))
       seen["masks"] = mask_files.overlay(image_hwc, labels_hw, ws.dataset.names, palette_vc)
     if truth:
-      seen["true masks"] = mask_files.overlay(image_hwc, np.maximum(truth[row], label_maps.BACKGROUND), ws.dataset.names, palette_vc)
+      shown_hw = np.maximum(truth[row], label_maps.BACKGROUND)  # what is not judged, too
+      seen["true masks"] = mask_files.overlay(image_hwc, shown_hw, ws.dataset.names, palette_vc)
     yield row, seen

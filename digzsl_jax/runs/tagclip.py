@@ -19,7 +19,7 @@ import numpy as np
 from digzsl_jax import checkpoint, label_texts, metrics
 from digzsl_jax.base_workspace import BATCH, check
 from digzsl_jax.data import native
-from digzsl_jax.models import cdm, tagclip
+from digzsl_jax.models import affinity, cdm
 from digzsl_jax.tag_workspace import TagWorkspace
 from digzsl_jax.tagger import Rules, Tagger
 
@@ -67,7 +67,7 @@ def validate(settings: Settings, ws: TagWorkspace) -> None:
   """Raises ValueError if there are no images, the model has too few layers, or labels cannot be told or read."""
   if not ws.dataset.has_images:
     raise ValueError(f"{ws.dataset.name} has features in place of images, which TagCLIP cannot score")
-  tagclip.check(ws.layers, settings.first_layer, settings.votes)
+  affinity.check(ws.layers, settings.first_layer, settings.votes)
   label_texts.check((*ws.names, *ws.background), ws.templates, ws.clip_tokenizer)
 
 

@@ -12,7 +12,7 @@ import jax
 import scipy.ndimage
 from flax import nnx
 
-from digzsl_jax.models import clip, cls_seg, hub, tagclip
+from digzsl_jax.models import clip, clip_patches, cls_seg, hub
 
 TEXT = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
             max_position_embeddings=4, bos_token_id=6, eos_token_id=7)
@@ -113,13 +113,13 @@ def both(tmp_path_factory):
   @jax.jit
   def run(state):
     model = nnx.merge(graphdef, state)
-    hidden, attention = tagclip.features(model, images, GRIDS)
+    hidden, attention = clip_patches.features(model, images, GRIDS)
     grids = GRIDS[picture_n]
     cams = cls_seg.cams(model, hidden[picture_n], grids, 14, 14, text, ALLOWED[picture_n])(label_n)
     affinity = cls_seg.affinity(attention, GRIDS, 14, 14, first_layer=LAYERS[0], last_layer=LAYERS[1])
     refined = {compat: cls_seg.refine(cams, affinity[picture_n], grids, threshold=0.4, compat=compat)
                for compat in (False, True)}
-    places = tagclip.positions(model.vision_model.embeddings, GRIDS, 14, 14)
+    places = clip_patches.positions(model.vision_model.embeddings, GRIDS, 14, 14)
     return dict(positions=places, hidden=hidden, attention=attention, cams=cams, refined=refined)
 
   out = jax.tree.map(np.asarray, run(state))
