@@ -1,4 +1,7 @@
-"""What a run can go on from after a kill: saved states, fingerprints, and the folders of its stages."""
+"""What a run can go on from after a kill: saved states, fingerprints, and the folders of its stages.
+
+Of several processes the first one writes states and marks of stages; all of them call what does so.
+"""
 
 import contextlib
 import dataclasses
@@ -15,6 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from digzsl_jax import processes
 from digzsl_jax.files import read_json, write_atomic, write_json
 
 LARGE = 2**26  # bytes of a file whose digest is remembered
@@ -39,7 +43,9 @@ def read_arrays(path: os.PathLike) -> dict[str, np.ndarray]:
 
 
 def save_state(path: os.PathLike, state: Any) -> None:
-  """Writes a pytree of arrays (parameters, optimiser, step) for an exact resume."""
+  """Writes a pytree of arrays (parameters, optimiser, step), whole in every process, for an exact resume."""
+  if not processes.is_first():
+    return
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
   write_arrays(path, {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves})
 
@@ -58,6 +64,16 @@ def load_state(path: os.PathLike, like: Any) -> Any | None:
   if wanted != {name: array.shape for name, array in arrays.items()}:
     raise ValueError(f"{path} holds the state of something else; delete it to start its stage anew")
   return jax.tree.unflatten(structure, [arrays[name] for name in wanted])
+
+
+def resume_state(path: os.PathLike, like: Any) -> Any | None:
+  """`load_state` to go on from, the same in all processes: from different states they would wait for each other."""
+  path = pathlib.Path(path)
+  if not (first := processes.told(lambda: path.exists() and fingerprint_file(path))):
+    return None
+  if not processes.is_first():
+    processes.await_file(path, lambda path: path.exists() and fingerprint_file(path) == first)
+  return load_state(path, like)
 
 
 def fingerprint(value: Any) -> str:
@@ -173,7 +189,17 @@ class Stage:
     write_json(self.folder / "done.json", dict(results))
 
   def make(self, function: Callable[[], Mapping[str, Any] | None]) -> None:
-    """Calls `function` and finishes with what it returns and the seconds of all attempts (unless killed by -9)."""
+    """Calls `function` and finishes with what it returns and the seconds of all attempts (unless killed by -9).
+
+    Of several processes all call it, and what the first one's `function` returns counts.
+    """
+    if processes.is_first():
+      self._make(function)
+    else:
+      function()
+    processes.written(self.folder / "done.json")
+
+  def _make(self, function: Callable[[], Mapping[str, Any] | None]) -> None:
     spent = self.folder / "seconds.json"
     before, start = read_json(spent) if spent.exists() else 0, time.monotonic()
     try:
@@ -211,9 +237,15 @@ def claim(stages: Mapping[str, Stage], needs: Mapping[str, tuple[str, ...]], ask
   """Takes the folders of the stages that were asked for, before anything is made.
 
   Raises:
-    ValueError: a folder was made from other inputs, or a needed stage is neither asked for nor finished.
+    ValueError: a folder was made from other inputs, or a needed stage is neither asked for nor finished; or
+      processes differ in what a stage is made from.
   """
   asked = list(asked)
+  for name, stage in stages.items():
+    processes.check_same(f"what stage {name} is made from", _flat(stage.inputs))
+  processes.meet()
+  if not processes.is_first():
+    return
   for name in asked:
     for need in needs[name]:
       if need not in asked:

@@ -1,9 +1,10 @@
-"""Feature rows of a frozen encoder for very many images: encoded once, kept on disk, divided among hosts.
+"""Feature rows of a frozen encoder for very many images: encoded once, kept on disk, divided among processes.
 
-Shapes: n image, m image of a host, s host, b batch, h w c pixel, f feature.
+Shapes: n image, m image of a process, s process, b batch, h w c pixel, f feature.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import PIL
 from jax.experimental import multihost_utils
 
-from digzsl_jax import checkpoint
+from digzsl_jax import checkpoint, processes
+from digzsl_jax.data.generated import Images
 from digzsl_jax.data.pictures import Pictures
 from digzsl_jax.logs import Log
 
@@ -38,12 +40,11 @@ class Extractor:
   log: Log
 
   def __call__(self, images_nhwc: np.ndarray | Pictures) -> np.ndarray:
-    hosts, n = jax.process_count(), len(images_nhwc)
-    if hosts == 1:
-      return self._rows(images_nhwc)
-    mine = share(n, jax.process_index(), hosts)
-    images_mhwc = images_nhwc.take(mine) if isinstance(images_nhwc, Pictures) else images_nhwc[mine]
-    return merge(multihost_utils.process_allgather(self._rows(images_mhwc)), n)
+    return divided(self._rows, images_nhwc)
+
+  def plain(self, images_nhwc: np.ndarray | Images, name: str) -> np.ndarray:
+    """The same of images that are not kept; `name` is that of the progress bar."""
+    return divided(functools.partial(encode, self.stream, self.log, name), images_nhwc)
 
   def _rows(self, images_nhwc: np.ndarray | Pictures) -> np.ndarray:
     n, folder = len(images_nhwc), None
@@ -84,13 +85,34 @@ class Extractor:
       self.log.warn(f"features are not kept: {error}; config.cdm.cache names another folder, or none")
 
 
+def encode(stream: Callable, log: Log, name: str, images_nhwc: np.ndarray | Images) -> np.ndarray:
+  """Rows `[n, f]` of a `stream`, as `cdm.streamed` makes it, under a progress bar called `name`."""
+  rows = []
+  with log.progress(len(images_nhwc), name) as bar:
+    for rows_bf in stream(images_nhwc):
+      rows.append(rows_bf)
+      bar.update(len(rows_bf))
+  return np.concatenate(rows)
+
+
+def divided(encode: Callable[[Any], np.ndarray], images_nhwc: np.ndarray | Pictures | Images) -> np.ndarray:
+  """`encode(images)`, `[n, f]`, of which every process does its share; all of them call it."""
+  hosts, n = jax.process_count(), len(images_nhwc)
+  if hosts == 1:
+    return encode(images_nhwc)
+  mine = share(n, jax.process_index(), hosts)
+  rows_mf = encode(images_nhwc[mine] if isinstance(images_nhwc, np.ndarray) else images_nhwc.take(mine))
+  processes.meet()  # a collective does not wait for long
+  return merge(multihost_utils.process_allgather(rows_mf), n)
+
+
 def share(n: int, index: int, hosts: int) -> np.ndarray:
-  """Rows that a host encodes: as many on every host, so the last row may be encoded by several."""
+  """Rows that a process encodes: as many in each, so the last row may be encoded by several."""
   return np.minimum(np.arange(index, -(-n // hosts) * hosts, hosts), n - 1)
 
 
 def merge(rows_smf: np.ndarray, n: int) -> np.ndarray:
-  """The rows of every host's `share` in the order of the `n` images."""
+  """The rows of every process's `share` in the order of the `n` images."""
   return rows_smf.swapaxes(0, 1).reshape(-1, rows_smf.shape[-1])[:n]
 
 

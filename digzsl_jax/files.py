@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ def write_atomic(path: os.PathLike, write: Callable[[pathlib.Path], object]) -> 
     OSError: it could not be written; the message names the file and what to do.
   """
   path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary.touch()

@@ -1,10 +1,14 @@
-"""What a run tells: one line per stage, progress bars, `metrics.jsonl`, versions, parameter tables."""
+"""What a run tells: one line per stage, progress bars, `metrics.jsonl`, versions, parameter tables.
+
+Of several processes the first one speaks and writes; of the others only warnings are heard.
+"""
 
 import importlib.metadata
 import json
 import math
 import pathlib
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -15,9 +19,10 @@ import jax
 import tqdm
 from flax import nnx
 
-from digzsl_jax import files
+from digzsl_jax import files, processes
 
 PACKAGES = ("digzsl_jax", "jax", "jaxlib", "flax", "optax", "numpy", "safetensors", "tokenizers")
+COLLECTIVES = re.compile(r" (?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)(?:-start)?\(")
 
 
 class Log:
@@ -32,24 +37,31 @@ class Log:
 
   def say(self, text: str) -> None:
     """One line for people, with the seconds since the start."""
-    tqdm.tqdm.write(f"[{time.monotonic() - self._start:6.1f}s] {text}", file=sys.stderr)
+    if processes.is_first():
+      self._write(text)
 
   def warn(self, text: str) -> None:
-    self.say(f"warning: {text}")
+    self._write(f"warning: {text}" if processes.is_first() else f"warning of process {processes.index()}: {text}")
+
+  def _write(self, text: str) -> None:
+    tqdm.tqdm.write(f"[{time.monotonic() - self._start:6.1f}s] {text}", file=sys.stderr)
 
   def metrics(self, stage: str, step: int, **scalars: float) -> None:
     """Appends one JSON line; a resumed run may repeat steps, the last line of a step counts."""
-    with self._file.open("a") as file:
-      file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
+    if processes.is_first():
+      with self._file.open("a") as file:
+        file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
 
   def progress(self, total: int, name: str, done: int = 0) -> tqdm.tqdm:
     """A bar with rate and time left; silent on fast work and, but for a line a minute, when not a terminal."""
     return tqdm.tqdm(total=total, initial=done, desc=name, leave=False, dynamic_ncols=True, file=sys.stderr,
-                     mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.1)
+                     disable=not processes.is_first(), mininterval=0.5 if sys.stderr.isatty() else 60, smoothing=0.1)
 
 
 def write_provenance(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Writes the resolved config and the versions of what the numbers depend on."""
+  if not processes.is_first():
+    return
   files.write_json(workdir / "config.json", config)
   files.write_json(workdir / "versions.json", versions())
 
@@ -91,10 +103,10 @@ def parameter_table(modules: Mapping[str, nnx.Module]) -> str:
 
 
 def memory_and_flops(compiled: jax.stages.Compiled) -> str:
-  """What XLA says of a compiled step: temporary and argument memory in MiB, GFLOP."""
+  """What XLA says of a compiled step: GFLOP, memory of a device in MiB, and collectives, if any, among devices."""
   memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
   text = f"{cost.get('flops', float('nan')) / 1e9:.2f} GFLOP"
   if memory is not None:
     text += (f", {memory.temp_size_in_bytes / 2**20:.1f} MiB temporary, "
              f"{memory.argument_size_in_bytes / 2**20:.1f} MiB arguments")
-  return text
+  return f"{text}, {len(COLLECTIVES.findall(compiled.as_text()))} collectives"

@@ -8,7 +8,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from digzsl_jax import checkpoint, cli, logs, mesh, stages
+from digzsl_jax import checkpoint, cli, logs, mesh, processes, stages
 from digzsl_jax.bench import run as bench
 from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.runs import (
@@ -37,6 +37,7 @@ CLIP_DECODER = {"train": clip_decoder, "evaluate": evaluate_multilabel, "report"
 TAGCLIP = {"tags": tagclip, "masks": tag_masks, "evaluate": evaluate_tags, "report": report_tags}
 STAGED = {"dig_zsl": (DIG_ZSL, Workspace), "clip_decoder": (CLIP_DECODER, DecoderWorkspace),
           "tagclip": (TAGCLIP, TagWorkspace)}
+DIVIDED = {"dig_zsl", "clip_decoder"}  # what several processes can run together
 # `(config, workdir, log, dry_run)` of each method.
 METHODS = {name: functools.partial(stages.run, *parts) for name, parts in STAGED.items()} | {
     "pretrain": pretrain.run, "bench": bench.run}
@@ -71,13 +72,20 @@ def main(arguments: list[str]) -> None:
   config["stages"] = tuple(name for entry in config["stages"] for name in entry.split(","))
   mesh.divide_cpu()
   cli.start()
-  with cli.answer_in_one_line(f"finished stages are kept in {workdir}"):
+  answer = functools.partial(cli.answer_in_one_line, f"finished stages are kept in {workdir}")
+  with answer():
+    processes.join()
+  with processes.ending_together(), answer():
     log = logs.Log(workdir)
-    log.say(f"{name} in {workdir} on {logs.devices(jax.devices())}")
-    if DRY_RUN.value:
+    together = f" of {processes.count()} processes" if processes.count() > 1 else ""
+    log.say(f"{name} in {workdir} on {logs.devices(jax.devices())}{together}")
+    if DRY_RUN.value and processes.is_first():
       print(CONFIG.value)
     if config["method"] not in METHODS:
       raise ValueError(f"config.method is {config['method']!r}; it must be one of {list(METHODS)}")
+    if together and config["method"] not in DIVIDED:
+      raise ValueError(f"config.method {config['method']!r} runs in one process, here are {processes.count()}; "
+                       f"{processes.COUNT}=1 makes each one that knows of no other, of which to start one")
     checkpoint.check_method(workdir, config["method"])
     METHODS[config["method"]](config, workdir, log, DRY_RUN.value)
 

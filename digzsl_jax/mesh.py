@@ -1,7 +1,12 @@
-"""The device mesh. Class is batch: one axis, `class`, over which rows of classes are sharded."""
+"""The device mesh. Class is batch: one axis, `class`, over which rows of classes are sharded.
 
+It spans all devices of all processes, those of a process side by side.
+"""
+
+import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +28,22 @@ def divide_cpu() -> None:
 
 
 def make(devices: int) -> jax.sharding.Mesh:
-  """A mesh of the first `devices` devices, 0 for all.
+  """A mesh of the first `devices` devices, 0 for all; of several processes each gives as many.
 
   Raises:
-    ValueError: there are fewer devices.
+    ValueError: there are fewer devices, or processes would give different numbers.
   """
-  found = jax.devices()
+  found, hosts = jax.devices(), jax.process_count()
   if not 0 <= devices <= len(found):
     raise ValueError(f"config.mesh.devices is {devices}, but JAX sees {len(found)} device(s): {found}. On a CPU, "
                      "JAX_NUM_CPU_DEVICES=8 makes eight")
+  of_host = [[device for device in found if device.process_index == host] for host in range(hosts)]
+  if devices % hosts or len(set(map(len, of_host))) > 1:
+    raise ValueError(f"config.mesh.devices is {devices}, but {hosts} processes with {[*map(len, of_host)]} devices "
+                     "have to give equally many; use a multiple of their number, or 0 where they have equally many")
+  found = [device for own in of_host for device in own[:devices // hosts or None]]
   # Auto: the compiler propagates shardings; `jax.make_mesh` would now default to Explicit.
-  return jax.sharding.Mesh(np.array(found[:devices or None]), (AXIS,),
+  return jax.sharding.Mesh(np.array(found), (AXIS,),
                            axis_types=(jax.sharding.AxisType.Auto,))
 
 
@@ -45,6 +55,29 @@ def by_class(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   """A whole copy on every device."""
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def place(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
+  """Arrays that every process has whole, over the devices of `sharding`; each process hands its own ones their part."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(tree, sharding)
+
+  def one(leaf):
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
+
+  return jax.tree.map(one, tree)
+
+
+def fetch(tree: Any) -> Any:
+  """Sharded arrays as whole ones of numpy, in every process."""
+  meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(tree) if not leaf.is_fully_addressable}
+  return jax.device_get(_gather(*meshes)(tree) if meshes else tree)
+
+
+@functools.cache
+def _gather(mesh: jax.sharding.Mesh) -> Callable:
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Mesh, size: int,

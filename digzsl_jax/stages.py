@@ -3,6 +3,9 @@
 A stage is a module with `NEEDS` (stages whose files it reads), `MODELS` (checkpoints), `Settings`, `run`, and where
 there is something to say: `validate` (finds impossible settings before anything is made), `complete` (whether its
 files are there), `lower` (its compiled steps).
+
+Several processes run a stage together: each calls its `run` and does its part of what is divided; what one of them can
+do alone, and all that is written but images, is left to the first. The others go on when they see its files.
 """
 
 import functools
@@ -11,7 +14,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from digzsl_jax import checkpoint, logs
+from digzsl_jax import checkpoint, logs, processes
 from digzsl_jax.base_workspace import BaseWorkspace, parse
 
 SHARED = {"method", "seed", "stages", "data", "models", "mesh"}  # sections of every method's config
@@ -40,10 +43,12 @@ def run(known: Mapping[str, ModuleType], workspace: type[BaseWorkspace], config:
   if dry_run:
     print_costs(asked, settings, ws)
     return
+  processes.check_shared(workdir)
   checkpoint.claim(stages, needs, asked)
   logs.write_provenance(workdir, config)
   for name, module in asked.items():
-    if stages[name].done and getattr(module, "complete", lambda *_: True)(ws, stages[name].folder):
+    complete = functools.partial(getattr(module, "complete", lambda *_: True), ws, stages[name].folder)
+    if processes.told(lambda done=stages[name], complete=complete: done.done and complete()):
       log.say(f"{name}: already there")
       continue
     stages[name].make(functools.partial(module.run, settings[name], ws, stages[name].folder))
@@ -52,9 +57,10 @@ def run(known: Mapping[str, ModuleType], workspace: type[BaseWorkspace], config:
 
 def print_costs(asked: Mapping[str, ModuleType], settings: Mapping[str, Any], ws: BaseWorkspace) -> None:
   """Parameters, and what each compiled step takes."""
-  print(logs.parameter_table(ws.modules))
-  print("Costs are XLA's own count, in which the body of a loop counts once.")
+  say = print if processes.is_first() else lambda text: None
+  say(logs.parameter_table(ws.modules))
+  say("Costs are XLA's own count, in which the body of a loop counts once.")
   for name, module in asked.items():
-    print(f"stage {name}")
+    say(f"stage {name}")
     for step, lowered in getattr(module, "lower", lambda *_: {})(settings[name], ws).items():
-      print(f"  {step}: {logs.memory_and_flops(lowered.compile())}")
+      say(f"  {step}: {logs.memory_and_flops(lowered.compile())}")

@@ -57,7 +57,7 @@ def world(tmp_path, monkeypatch):
               for field in ("train", "test_seen", "test_unseen", "real_unseen")}
   checkpoint.write_arrays(tmp_path / "cdm" / "features.safetensors", features)
   write_generated(tmp_path / "generate" / "test", task, np.random.default_rng(1))
-  monkeypatch.setattr(cdm, "batched", lambda *arguments: lambda nijc: nijc.mean((1, 2)).astype(np.float32))
+  monkeypatch.setattr(cdm, "streamed", lambda *arguments: lambda images: [images[:].mean((1, 2)).astype(np.float32)])
   dataset = types.SimpleNamespace(names=NAMES, has_images=True)
   prototypes_kd = COLOURS.astype(np.float32) / np.linalg.norm(COLOURS, axis=1, keepdims=True)
   return types.SimpleNamespace(log=logs.Log(tmp_path), seed=0, tasks={"test": task}, dataset=dataset,

@@ -59,7 +59,7 @@ def make_workspace(folder, real=(5, 3), made=4):
       "zoo", NAMES, SEEN, UNSEEN, (5, 3), splits.LabelledImages(drawn(32, 0), of_seen(8)),
       splits.LabelledImages(drawn(8, 1), of_seen(2)), splits.LabelledImages(drawn(len(labels_n), 2), labels_n))
   log = logs.Log(folder)
-  stream = lambda model: lambda images_nijc: iter(np.array_split(FEATURES[model](images_nijc), 2))
+  stream = lambda model: lambda images_nijc: iter(np.array_split(FEATURES[model](images_nijc[:]), 2))
   ws = types.SimpleNamespace(
       dataset=dataset, tasks=splits.tasks(dataset), log=log, folder=lambda name: folder / name,
       models=types.SimpleNamespace(clip="some/clip"),

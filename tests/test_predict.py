@@ -79,7 +79,8 @@ def evaluated(run):
   for name, module in command.DIG_ZSL.items():
     ws.stage(name, module.NEEDS, module.MODELS)
   task = ws.tasks["test"]
-  scores = evaluate.read_scores(ws, task, checkpoint.read_arrays(workdir / "cdm" / "features.safetensors"))
+  features = evaluate.test_features(checkpoint.read_arrays(workdir / "cdm" / "features.safetensors"), task.name)
+  scores = evaluate.read_scores(ws, task, features, features)
   return [zoo / file.path for part in (task.test_seen, task.test_unseen) for file in part.images_nhwc.files], scores
 
 

@@ -16,7 +16,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "segmentation_metrics", "optimisers", "quality", "shortcuts"}
-TOOLS = {"mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality", "files", "cli"}
+TOOLS = {"processes", "mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality",
+         "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -38,8 +39,8 @@ MAY_IMPORT = {
     "verify": {"verify", *LIBRARY, *TOOLS},
     "bench": {"bench", "runs", "base_workspace", "tagger", "flops", "verify", *LIBRARY, *TOOLS},
     "flops": {"models"},
-    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "world_export", *LIBRARY,
-             *TOOLS},  # but never each other
+    "runs": {*WORKSPACES, "loop", "batches", "label_texts", "tagger", "segmenter", "features", "world_export",
+             *LIBRARY, *TOOLS},  # but never each other
     "loop": {"models", "checkpoint", "logs"},
     "world_export": {"models", "diffusion", "data", "loop", "checkpoint", "files"},
     "batches": set(),
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     "multilabel_workspace": {"base_workspace", "data"},
     "decoder_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
     "tag_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
-    "features": {"data", "checkpoint", "logs"},
+    "features": {"data", "checkpoint", "logs", "processes"},
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
     "shortcuts": {"diffusion", "models"},
@@ -63,7 +64,7 @@ MAY_IMPORT = {
     "quality": set(),
     "resize": set(),
     "data": {"data", "files", "resize"},
-    **{tool: {"files"} - {tool} for tool in TOOLS},
+    **{tool: {"files", "processes"} - {tool} for tool in TOOLS},
     "report_quality": {"report_page"},
     "report_parts": {"report_page"},
 }

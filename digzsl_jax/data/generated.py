@@ -7,7 +7,7 @@ Shapes: n image, h w pixel, c colour channel (RGB).
 """
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,13 +32,23 @@ def read_manifest(folder: pathlib.Path, names: Sequence[str]) -> dict:
   return manifest
 
 
-def batches(folder: pathlib.Path, manifest: dict, source: str, names: Sequence[str],
-            size: int = 256) -> Iterator[np.ndarray]:
-  """uint8 `[n, h, w, c]`, n up to `size`: all images of the first name, then of the second, and so on.
+class Images:
+  """uint8 `[n, h, w, c]`: all images of the first name, then of the second, and so on; read when they are asked for."""
 
-  Raises:
-    ValueError: a missing or damaged image; the message names its file.
-  """
-  paths = [folder / path for name in names for path in manifest["files"][source][name]]
-  for start in range(0, len(paths), size):
-    yield np.stack([images.read_png(path) for path in paths[start:start + size]])
+  def __init__(self, paths: Sequence[pathlib.Path]):
+    self.paths = list(paths)
+
+  @classmethod
+  def of(cls, folder: pathlib.Path, manifest: dict, source: str, names: Sequence[str]) -> "Images":
+    """Those of a source that the manifest of `folder` lists."""
+    return cls([folder / path for name in names for path in manifest["files"][source][name]])
+
+  def __len__(self) -> int:
+    return len(self.paths)
+
+  def __getitem__(self, rows: slice) -> np.ndarray:
+    """Raises ValueError for a missing or damaged image; the message names its file."""
+    return np.stack([images.read_png(path) for path in self.paths[rows]])
+
+  def take(self, rows: np.ndarray) -> "Images":
+    return Images([self.paths[row] for row in rows])

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, losses, metrics
+from digzsl_jax import checkpoint, losses, metrics, processes
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import splits
 from digzsl_jax.data.pictures import Pictures
@@ -169,6 +169,8 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   encode, features, known = ws.extractor("encoder") if ws.dataset.has_images else None, {}, {}
   for task in ws.tasks.values():
     features |= encode_task(encode, task, known)
+  if not processes.is_first():
+    return {}
   checkpoint.write_arrays(folder / "features.safetensors", features)
   ws.log.say(f"cdm: features of {len(known) or sum(map(len, features.values()))} images")
   summary = {}

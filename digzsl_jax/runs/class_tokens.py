@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, files, losses, mesh
+from digzsl_jax import checkpoint, diffusion, files, losses, mesh, processes
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import prompts, splits, textual_inversion
 from digzsl_jax.models import cdm, stable_diffusion
@@ -349,27 +349,26 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
   """Feeds the task's classes through the slots; resumes bit for bit from the last state that was saved."""
   names = [ws.dataset.names[label] for label in task.unseen]
   start_knd, frozen = ws.token_starts(task), learner.frozen(task)
-  first = np.arange(settings.slots)
-  slots = fresh_slots(settings, np.where(first < len(names), first, -1), start_knd)
+  slots = fresh_slots(settings, np.where((first := np.arange(settings.slots)) < len(names), first, -1), start_knd)
   outcome, next_class = empty_outcome(settings, start_knd), min(settings.slots, len(names))
   state_file = folder / f"{task.name}_state.safetensors"
-  saved = checkpoint.load_state(state_file, (slots, outcome, np.int32(next_class)))
-  if saved is not None:
+  if (saved := checkpoint.resume_state(state_file, (slots, outcome, np.int32(next_class)))) is not None:
     slots, outcome, next_class = saved[0], saved[1], int(saved[2])
   bar = ws.log.progress(len(names), f"tokens ({task.name})", done=int(outcome.done_k.sum()))
   idle = fresh_slots(settings, np.full(spare_slots(settings, ws.mesh), -1), start_knd)
-  join = lambda *leaves: np.concatenate(leaves)
   while not outcome.done_k.all():
     class_c, step_c = np.asarray(slots.class_c), np.asarray(slots.step_c)
-    slots, history = jax.device_put(jax.tree.map(join, slots, idle), mesh.by_class(ws.mesh)), []
+    filled = jax.tree.map(lambda *leaves: np.concatenate(leaves), slots, idle)
+    slots, history = mesh.place(filled, mesh.by_class(ws.mesh)), []
     for _ in range(settings.check_every):
       slots, made = learner.learn(frozen, slots, learner.prefix(frozen, slots))
       history.append(made)
-    for ahead, made in enumerate(jax.device_get(history)):
+    history, slots = mesh.fetch((history, slots))
+    for ahead, made in enumerate(history):
       for slot in np.flatnonzero(made.made_c):
-        outcome.loss_ku[class_c[slot], step_c[slot] + ahead] = made.loss_c[slot]
-        outcome.accuracy_ku[class_c[slot], step_c[slot] + ahead] = made.accuracy_c[slot]
-    slots = jax.tree.map(lambda leaf: leaf[:settings.slots], jax.device_get(slots))
+        place = class_c[slot], step_c[slot] + ahead
+        outcome.loss_ku[place], outcome.accuracy_ku[place] = made.loss_c[slot], made.accuracy_c[slot]
+    slots = jax.tree.map(lambda leaf: leaf[:settings.slots], slots)
     slots, next_class = collect(outcome, slots, next_class, settings, start_knd, ws.log, names)
     checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
@@ -420,7 +419,7 @@ class Learner:
   def frozen(self, task: splits.Task) -> Frozen:
     """A task's classes, and the frozen models with its own CDM."""
     frozen = Frozen(self._graphdef_and_params(task.name)[1], task_classes(self.settings, self.ws, task))
-    return jax.device_put(frozen, mesh.replicated(self.ws.mesh))
+    return mesh.place(frozen, mesh.replicated(self.ws.mesh))
 
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
@@ -428,7 +427,7 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
   task = ws.tasks["test"]
   slots = fresh_slots(settings, np.zeros(settings.slots + spare_slots(settings, ws.mesh)), ws.token_starts(task))
-  slots, frozen = jax.device_put(slots, mesh.by_class(ws.mesh)), learner.frozen(task)
+  slots, frozen = mesh.place(slots, mesh.by_class(ws.mesh)), learner.frozen(task)
   carry = jax.eval_shape(learner.prefix, frozen, slots)
   return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
 
@@ -444,7 +443,8 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Learns the tokens of both tasks; `learned_embeds.safetensors` holds those of the test task."""
   learner, results = Learner(settings, ws, lambda task: cdm.load(ws.cdm_encoder, ws.cdm_head(task))), {}
   for name, task in ws.tasks.items():
-    classes = [ws.dataset.names[label] for label in task.unseen]
-    results[name] = write_outcome(learn_task(settings, ws, task, learner, folder), classes, name, folder)
-    ws.log.say(f"tokens ({name}): {results[name]}")
+    outcome = learn_task(settings, ws, task, learner, folder)
+    if processes.is_first():
+      results[name] = write_outcome(outcome, [ws.dataset.names[label] for label in task.unseen], name, folder)
+      ws.log.say(f"tokens ({name}): {results[name]}")
   return results

@@ -18,6 +18,7 @@ s source.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -27,7 +28,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, gaussians
+from digzsl_jax import checkpoint, features, gaussians, processes
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated, splits
 from digzsl_jax.logs import Log
@@ -67,18 +68,17 @@ class Settings:
     check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
 
 
-def encode_generated(encode: Callable[[np.ndarray], np.ndarray], folder: pathlib.Path, names: Sequence[str],
-                     log: Log) -> dict[str, np.ndarray]:
-  """Feature rows `[u, m, f]` of a task's generated images, by source, classes in the order of `names`."""
-  manifest, features = generated.read_manifest(folder, names), {}
+def encode_generated(stream: Callable, folder: pathlib.Path, names: Sequence[str], log: Log) -> dict[str, np.ndarray]:
+  """Feature rows `[u, m, f]` of a task's generated images, by source, classes in the order of `names`.
+
+  `stream` is the encoder, as `cdm.streamed` makes it.
+  """
+  manifest, found = generated.read_manifest(folder, names), {}
   for source in manifest["files"]:
-    rows = []
-    with log.progress(len(names) * manifest["images"], f"encode {folder.name} {source}") as bar:
-      for images_nijc in generated.batches(folder, manifest, source, names):
-        rows.append(encode(images_nijc))
-        bar.update(len(images_nijc))
-    features[source] = np.concatenate(rows).reshape(len(names), manifest["images"], -1)
-  return features
+    encode = functools.partial(features.encode, stream, log, f"encode {folder.name} {source}")
+    rows_nf = features.divided(encode, generated.Images.of(folder, manifest, source, names))
+    found[source] = rows_nf.reshape(len(names), manifest["images"], -1)
+  return found
 
 
 def real_images(features_nf: np.ndarray, labels_n: np.ndarray, unseen: Sequence[int],
@@ -145,30 +145,30 @@ def fit(model: Classifier, seen_nf: np.ndarray, labels_n: np.ndarray, unseen_sum
   return [nnx.merge(graphdef, one(row), rest) for row in range(sources)], np.asarray(loss_s)
 
 
-def train_task(settings: Settings, task: splits.Task, features: dict[str, np.ndarray],
+def train_task(settings: Settings, task: splits.Task, real: dict[str, np.ndarray],
                made: dict[str, np.ndarray], ws: Workspace, folder: pathlib.Path) -> dict:
   """Trains and writes the classifiers of one task.
 
   Args:
-    features: of real images, by field of the task.
+    real: features of real images, by field of the task.
     made: of generated images, `[u, m, f]` by source.
   """
   labels_n = task.positions(task.train.labels_n)
   seen_kp, unseen_up = ws.prototypes_kd[list(task.seen)], ws.prototypes_kd[list(task.unseen)]
   unseen = {source: rows_umf[:, :settings.images] for source, rows_umf in made.items()}
-  unseen["gaussian"] = gaussians.draw(features["train"], labels_n, seen_kp, unseen_up, settings.images, ws.seed)
+  unseen["gaussian"] = gaussians.draw(real["train"], labels_n, seen_kp, unseen_up, settings.images, ws.seed)
   if task.real_unseen is not None:
-    unseen["real"] = real_images(features["real_unseen"], task.real_unseen.labels_n, task.unseen,
+    unseen["real"] = real_images(real["real_unseen"], task.real_unseen.labels_n, task.unseen,
                                  settings.images)
   classes = [ws.dataset.names[label] for label in (*task.seen, *task.unseen)]
-  used = columns(settings.features, ws.pooled_width, features["train"].shape[1])
+  used = columns(settings.features, ws.pooled_width, real["train"].shape[1])
   model = Classifier(used, settings.hidden, len(classes), rngs=nnx.Rngs(ws.seed))
-  model.standardise_by(features["train"])
+  model.standardise_by(real["train"])
   groups, summary = {settings.images: unseen}, {}
   if made and task.name == "test":
     groups |= fewer_images(made, settings.images)
   for images, group in groups.items():
-    models, loss_s = fit(model, features["train"], labels_n, np.stack(list(group.values())), settings)
+    models, loss_s = fit(model, real["train"], labels_n, np.stack(list(group.values())), settings)
     for source, trained, loss in zip(group, models, loss_s):
       name = f"{task.name}_{source}" + ("" if images == settings.images else f"_{images}")
       hub.save(trained, folder / name, dtype=np.float32, config={
@@ -207,19 +207,21 @@ def validate(settings: Settings, ws: Workspace) -> None:
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Returns the last loss of each classifier."""
-  encode = cdm.batched(ws.cdm_encoder) if ws.dataset.has_images else None
-  summary, cached = {}, {}
+  summary, made = {}, {name: {} for name in ws.tasks}
+  if ws.dataset.has_images:
+    stream = cdm.streamed(ws.cdm_encoder)
+    for name, task in ws.tasks.items():
+      names = [ws.dataset.names[label] for label in task.unseen]
+      made[name] = encode_generated(stream, ws.folder("generate") / name, names, ws.log)
+  if not processes.is_first():
+    return {}
   real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
   for name, task in ws.tasks.items():
-    names, made = [ws.dataset.names[label] for label in task.unseen], {}
-    if encode:
-      made = encode_generated(encode, ws.folder("generate") / name, names, ws.log)
-    cached |= {f"{name}.{source}": rows_umf for source, rows_umf in made.items()}
-    features = {field: rows_nf for key, rows_nf in real.items() for of_task, field in [key.split(".")]
-                if of_task == name}
-    trained = train_task(settings, task, features, made, ws, folder)
+    of_task = {key.partition(".")[2]: rows_nf for key, rows_nf in real.items() if key.partition(".")[0] == name}
+    trained = train_task(settings, task, of_task, made[name], ws, folder)
     summary |= trained
     ws.log.say(f"classifier ({name}): {trained}")
-  if cached:
-    checkpoint.write_arrays(folder / "features.safetensors", cached)
+  if ws.dataset.has_images:
+    checkpoint.write_arrays(folder / "features.safetensors", {
+        f"{name}.{source}": rows_umf for name, found in made.items() for source, rows_umf in found.items()})
   return summary

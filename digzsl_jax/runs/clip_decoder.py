@@ -144,7 +144,7 @@ class Trainer:
     copy = functools.partial(jax.tree.map, jnp.copy)
     state = State(jnp.int32(0), copy(self.params), copy(self.statistics), (copy(self.params), copy(self.statistics)),
                   self.optimiser.init(self.params))
-    return jax.device_put(state, mesh.replicated(self.devices))
+    return mesh.place(state, mesh.replicated(self.devices))
 
   def _loss(self, params, statistics, frozen, batch: Batch, queries_kw, key) -> tuple[jax.Array, tuple]:
     params = jax.tree.map(lambda x, kind: x.astype(kind), params, self.types)
@@ -284,8 +284,8 @@ def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
   steps = steps_of(settings, len(data.targets_nk))
   trainer = Trainer(settings, model, steps, ws)
   path, state = folder / "state.safetensors", trainer.start()
-  if (kept := checkpoint.load_state(path, state)) is not None:
-    state = jax.device_put(kept, mesh.replicated(ws.mesh))
+  if (kept := checkpoint.resume_state(path, state)) is not None:
+    state = mesh.place(kept, mesh.replicated(ws.mesh))
   state, found = train(settings, ws, trainer, data, state, steps, path)
   raw, average = (state.params, state.statistics), state.average
   checkpoint.save_state(folder / "weights.safetensors", {"raw": raw, "average": average})
@@ -296,11 +296,11 @@ def train(settings: Settings, ws: DecoderWorkspace, trainer: Trainer, data: Data
           path: pathlib.Path) -> tuple[State, dict[str, float]]:
   """The updates that are left; the state is kept in `path` now and then."""
   rows, one, done, found = mesh.by_class(ws.mesh), mesh.replicated(ws.mesh), int(state.step), {}
-  frozen, make = jax.device_put(trainer.frozen, one), functools.partial(data.batch, settings, ws.seed)
+  frozen, make = mesh.place(trainer.frozen, one), functools.partial(data.batch, settings, ws.seed)
   saved = time.monotonic()
   with ws.log.progress(steps, "train", done) as bar:
     for step, (batch, queries_kw) in enumerate(batches.ahead(make, range(done, steps)), done + 1):
-      queries = None if queries_kw is None else jax.device_put(queries_kw, one)
+      queries = None if queries_kw is None else mesh.place(queries_kw, one)
       state, measured = trainer.update(state, frozen, batches.place(batch, rows), queries)
       bar.update()
       if step % LOG_EVERY == 0 or step == steps:

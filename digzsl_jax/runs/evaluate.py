@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax import checkpoint, files, logs, losses, metrics
+from digzsl_jax import checkpoint, files, logs, losses, metrics, processes
 from digzsl_jax.base_workspace import EMBEDDED, check
 from digzsl_jax.data import generated, splits
 from digzsl_jax.models import cdm, hub, judge
@@ -74,26 +74,27 @@ def test_features(real: Mapping[str, np.ndarray], task: str) -> np.ndarray:
 
 def clip_embeds(ws: Workspace, task: splits.Task, features_nf: np.ndarray) -> np.ndarray:
   """Feature rows that end with the run's own CLIP embedding: `features_nf`, unless these are of another encoder."""
-  if ws.config["cdm"]["encoder"] == cdm.CLIP:
+  if not ws.dataset.has_images or ws.config["cdm"]["encoder"] == cdm.CLIP:
     return features_nf
   encode = ws.extractor("clip")
   return np.concatenate([encode(labelled.images_nhwc) for labelled in (task.test_seen, task.test_unseen)])
 
 
-def read_scores(ws: Workspace, task: splits.Task, real: Mapping[str, np.ndarray]) -> Scores:
+def read_scores(ws: Workspace, task: splits.Task, features_nf: np.ndarray, embeds_nd: np.ndarray) -> Scores:
   """Probabilities of the baselines without images (CLIP, CDM) and of the classifiers.
 
   Args:
-    real: feature rows of stage cdm.
+    features_nf: of the test images.
+    embeds_nd: of the same, what `clip_embeds` found.
   """
   classes = (*task.seen, *task.unseen)
   names = [ws.dataset.names[label] for label in classes]
   labels_n = task.positions(np.concatenate([task.test_seen.labels_n, task.test_unseen.labels_n]))
-  prototypes_kp, features_nf, found = ws.prototypes_kd[list(classes)], test_features(real, task.name), {}
+  prototypes_kp, found = ws.prototypes_kd[list(classes)], {}
   if ws.dataset.has_images:
     texts_kd = ws.text_prototypes_kd[list(classes)]
-    embeds_nd = clip_embeds(ws, task, features_nf)[:, -texts_kd.shape[1]:]
-    found["clip_zero_shot"] = metrics.softmax(jnp.exp(ws.clip.logit_scale[...]) * embeds_nd @ texts_kd.T)
+    logits_nk = jnp.exp(ws.clip.logit_scale[...]) * embeds_nd[:, -texts_kd.shape[1]:] @ texts_kd.T
+    found["clip_zero_shot"] = metrics.softmax(logits_nk)
   for kind in cdm.KINDS:
     folder = ws.folder("cdm") / f"{task.name}_{kind}"
     if folder.exists():  # only the run's own CLIP has a residual head
@@ -173,7 +174,7 @@ def judge_hits(ws: Workspace, folder: pathlib.Path, manifest: dict, source: str,
                names: Sequence[str]) -> dict[str, np.ndarray]:
   """Share of each class's images in which the judge sees that class, exactly and up to mixed-up words."""
   model, config = ws.judge
-  images_nhwc = np.concatenate(list(generated.batches(folder, manifest, source, names)))
+  images_nhwc = generated.Images.of(folder, manifest, source, names)[:]
   images_umhwc = images_nhwc.reshape(len(names), -1, *images_nhwc.shape[1:])
   found = judge.agreement(model, config, names, images_umhwc)
   return {"judge_agreement": found["exact"].mean(1), "judge_pair_agreement": found["pair"].mean(1)}
@@ -239,7 +240,11 @@ def complete(ws: Workspace, folder: pathlib.Path) -> bool:
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   """Writes `results.json` in the work folder; returns its headline numbers."""
   real = checkpoint.read_arrays(ws.folder("cdm") / "features.safetensors")
-  scores = {name: read_scores(ws, task, real) for name, task in ws.tasks.items()}
+  features = {name: test_features(real, name) for name in ws.tasks}
+  embeds = {name: clip_embeds(ws, task, features[name]) for name, task in ws.tasks.items()}
+  if not processes.is_first():
+    return {}
+  scores = {name: read_scores(ws, task, features[name], embeds[name]) for name, task in ws.tasks.items()}
   curves = {name: {method: found.curve(method, settings.lambda_l) for method in found.probabilities_nk}
             for name, found in scores.items()}
   best = {name: {method: metrics.choose_lambda(curve) for method, curve in found.items()}

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, files, logs, metrics, multilabel_metrics
+from digzsl_jax import checkpoint, files, logs, metrics, multilabel_metrics, processes
 from digzsl_jax.base_workspace import BATCH, check
 from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.models import cdm, clip_decoder
@@ -135,6 +135,8 @@ def complete(ws: DecoderWorkspace, folder: pathlib.Path) -> bool:
 
 def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
   """Writes `results.json` in the work folder; returns its headline numbers."""
+  if not processes.is_first():
+    return {}
   dataset, scores = ws.dataset, all_scores(ws)
   checkpoint.write_arrays(folder / "scores.safetensors", {OURS: scores[OURS]})
   measured: dict[str, dict] = {}

@@ -2,7 +2,7 @@
 
 Images are addressed by class and index: `<task>/<source>/<class>/<index>.png`. Work goes in batches of a
 fixed composition, and a batch whose files are all there is skipped, so a killed run goes on in the middle
-of a class and ends with the same bytes.
+of a class and ends with the same bytes. Every process writes the images that its own devices made.
 
 Shapes: b row of a compiled body, k class, l prompt position, n vector of a token, h w pixel or latent position,
 z latent channel, d text width.
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import batches as in_turn
-from digzsl_jax import checkpoint, diffusion, files, mesh, shortcuts
+from digzsl_jax import checkpoint, diffusion, files, mesh, processes, shortcuts
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import images, prompts, splits
 from digzsl_jax.workspace import TOKENS, Workspace
@@ -138,15 +138,22 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
   size = settings.batch * ws.mesh.size
   # Batches start at multiples of the mesh-wide size: rows of a body stay `batch` whatever the mesh.
   batches = [jobs[start:start + size] for start in range(0, len(jobs), size)]
-  todo = [batch for batch in batches if not all(path(job).exists() for job in batch)]
+  missing = lambda: [row for row, batch in enumerate(batches) if not all(path(job).exists() for job in batch)]
+  todo = [batches[row] for row in processes.told(missing)]
   bar = ws.log.progress(len(jobs), f"generate ({task.name})", done=len(jobs) - sum(map(len, todo)))
-  rows = lambda batch: jax.device_put(batch_rows(batch, made, size), mesh.by_class(ws.mesh))
+  rows = lambda batch: mesh.place(batch_rows(batch, made, size), mesh.by_class(ws.mesh))
   with images.Writer() as writer:
     for batch, images_bhwc in in_turn.behind((batch, generate(frozen, rows(batch))) for batch in todo):
-      for job, image_hwc in zip(batch, np.asarray(images_bhwc)):
-        writer.write(path(job), image_hwc)
+      for shard in images_bhwc.addressable_shards:
+        for job, image_hwc in zip(batch[shard.index[0]], np.asarray(shard.data)):
+          writer.write(path(job), image_hwc)
       bar.update(len(batch))
   bar.close()
+  processes.meet()
+  if not processes.is_first():
+    return {}
+  for job in itertools.chain(*todo):
+    processes.await_file(path(job))
   paths = {source: {name: [] for name in names} for source in SOURCES}
   for job in jobs:
     paths[job.source][names[job.row]].append(str(path(job).relative_to(folder / task.name)))
@@ -158,7 +165,7 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
 def prepare(settings: Settings, ws: Workspace):
   """The compiled sampler and what it reads."""
   graphdef, params = nnx.split(ws.sd)
-  frozen = jax.device_put((params, jnp.asarray(ws.sd_tokenizer([""])[0])), mesh.replicated(ws.mesh))
+  frozen = mesh.place((params, jnp.asarray(ws.sd_tokenizer([""])[0])), mesh.replicated(ws.mesh))
   return compile_sampler(settings, ws.seed, plan(settings, ws), graphdef, ws.mesh), frozen
 
 
@@ -168,7 +175,7 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   rows, length = settings.batch * ws.mesh.size, ws.sd_tokenizer.length
   token_nd = ws.token_starts(ws.tasks["test"])[0]
   whole = Rows(*(np.zeros((rows, *shape), np.int32) for shape in ((), (), (length,))), np.tile(token_nd, (rows, 1, 1)))
-  return {"sample": generate.lower(frozen, jax.device_put(whole, mesh.by_class(ws.mesh)))}
+  return {"sample": generate.lower(frozen, mesh.place(whole, mesh.by_class(ws.mesh)))}
 
 
 def validate(settings: Settings, ws: Workspace) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from digzsl_jax import quality
+from digzsl_jax import processes, quality
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated
 from digzsl_jax.models import inception
@@ -50,12 +50,7 @@ def encode(ws: Workspace, model: str, names: Sequence[str], manifest: Mapping) -
   extract, folder = ws.extractor(model), ws.folder("generate") / "test"
   found = {"real": extract(ws.tasks["test"].test_unseen.images_nhwc)}
   for source in manifest["files"]:
-    rows = []
-    with ws.log.progress(len(names) * manifest["images"], f"quality {model} {source}") as bar:
-      for images_mhwc in generated.batches(folder, manifest, source, names):
-        rows += extract.stream(images_mhwc)
-        bar.update(len(images_mhwc))
-    found[source] = np.concatenate(rows)
+    found[source] = extract.plain(generated.Images.of(folder, manifest, source, names), f"quality {model} {source}")
   first = ws.clip.vision_model.width if model == "clip" else 0  # after the pooled state
   return {side: rows_nf[:, first:] for side, rows_nf in found.items()}
 
@@ -108,6 +103,8 @@ def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict:
   labels_m = np.repeat(np.arange(len(names)), manifest["images"])
   models = ("inception", "clip") if settings.inception else ("clip",)
   rows = {model: encode(ws, model, names, manifest) for model in models}
+  if not processes.is_first():
+    return {}
   real, *made = ({model: rows[model][side] for model in models} for side in ("real", *manifest["files"]))
   found = {"clip": ws.models.clip} | ({"resize": settings.resize} if settings.inception else {})
   found["images"] = {"real": len(labels_n), "generated": len(labels_m)}

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from digzsl_jax import checkpoint, files, report_parts, report_quality
+from digzsl_jax import checkpoint, files, processes, report_parts, report_quality
 from digzsl_jax import report_page as page
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import generated as generated_images
@@ -69,6 +69,8 @@ def complete(ws: Workspace, folder: pathlib.Path) -> bool:
 
 def run(settings: Settings, ws: Workspace, folder: pathlib.Path) -> dict[str, Any]:
   """Writes `report.html` into the working directory."""
+  if not processes.is_first():
+    return {}
   path = ws.workdir / "results.json"
   if not path.exists():
     raise ValueError(f"{path} is missing; run the stage evaluate, which writes it")

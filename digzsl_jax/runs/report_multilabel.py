@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from digzsl_jax import checkpoint, files, report_parts
+from digzsl_jax import checkpoint, files, processes, report_parts
 from digzsl_jax import report_page as page
 from digzsl_jax.base_workspace import check
 from digzsl_jax.decoder_workspace import DecoderWorkspace
@@ -58,6 +58,8 @@ def complete(ws: DecoderWorkspace, folder: pathlib.Path) -> bool:
 
 def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict[str, Any]:
   """Writes `report.html` into the working directory."""
+  if not processes.is_first():
+    return {}
   results = files.read_json(ws.workdir / "results.json")
   parts = [header(results, ws), headline(results), published(results, settings),
            *(label_bars(results, part, settings.labels) for part in ("zsl", "seen") if part in results),
