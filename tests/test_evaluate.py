@@ -78,7 +78,7 @@ def make_workspace(folder, has_real=True):
 
 def run_stages(ws, monkeypatch):
   """Writes what the stages before `evaluate` leave, then runs it; returns what `results.json` holds."""
-  monkeypatch.setattr(cdm, "batched", lambda *arguments: features_of)
+  monkeypatch.setattr(cdm, "streamed", lambda *arguments: lambda images: [features_of(images[:])])
   features = {}
   for name, task in ws.tasks.items():
     features |= {f"{name}.{field}": features_of(getattr(task, field).images_nhwc)
