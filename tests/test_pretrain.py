@@ -52,7 +52,8 @@ def test_compiled_initialisation_is_the_plain_one():
 def test_dry_run_prints_the_cost_of_every_part(tiny_pretraining, quick_build, tmp_path, capsys, monkeypatch):
   def compile(lowered):  # for real it would take a minute
     assert "stablehlo.convolution" in (text := lowered.as_text()) or "stablehlo.dot_general" in text
-    return types.SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: {"flops": 1e9})
+    return types.SimpleNamespace(memory_analysis=lambda: None, cost_analysis=lambda: {"flops": 1e9},
+                                 as_text=lambda: "all-reduce")
 
   monkeypatch.setattr(jax.stages.Lowered, "compile", compile)
   config = tiny_pretraining.to_dict()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import base_workspace, logs, losses, main, workspace
+from digzsl_jax import label_texts, logs, losses, main, workspace
 from digzsl_jax.data import prompts
 from digzsl_jax.models import cdm
 
@@ -43,7 +43,7 @@ def test_a_set_of_templates_counts_by_its_mean(make, monkeypatch, name):
   np.testing.assert_allclose(found_kd[:3], mean_kd / np.linalg.norm(mean_kd, axis=1, keepdims=True), atol=1e-5)
   assert np.abs(found_kd - make().prototypes_kd).max() > 1e-3
   assert ws.model_fingerprints["clip"] != make().model_fingerprints["clip"]
-  monkeypatch.setattr(base_workspace, "TEXTS", 7)  # batches, the last one not full
+  monkeypatch.setattr(label_texts, "BATCH", 7)  # batches, the last one not full
   np.testing.assert_allclose(make(prototype_template=name).prototypes_kd, found_kd, atol=1e-5)
 
 

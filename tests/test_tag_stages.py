@@ -88,7 +88,7 @@ def test_masks_are_of_the_tags_and_counted_with_the_true_ones(done):
   inter, union = np.zeros(109), np.zeros(109)
   for row, path in enumerate(listed["masks"]):
     labels_hw = label_maps.read(folder / "masks" / path, np.arange(-1, 108))
-    assert labels_hw.shape == (32, 32) and set(np.unique(labels_hw)) <= {-1, *np.flatnonzero(tags_nf[row])}
+    assert labels_hw.shape == (48, 48) and set(np.unique(labels_hw)) <= {-1, *np.flatnonzero(tags_nf[row])}
     assert Image.open(folder / "masks" / listed["overlays"][row]).size[0] >= 32
     for c in range(109):
       ours, true = labels_hw + 1 == c, truth[row] + 1 == c
