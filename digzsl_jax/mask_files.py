@@ -64,6 +64,23 @@ def label_map(maps_khw: np.ndarray, labels_n: Sequence[int]) -> np.ndarray:
   return np.array([BACKGROUND] * background + list(labels_n), np.int16)[maps_khw.argmax(0)]
 
 
+def labels_of(cams_nij: np.ndarray, labels_n: Sequence[int], size: tuple[int, int], unlabelled: bool,
+              image_hwc: np.ndarray | None) -> np.ndarray:
+  """`class_maps` to `label_map`, int16 `[h, w]`; a picture without labels is all background.
+
+  Args:
+    unlabelled: whether a pixel may show no label.
+    image_hwc: the picture in this size, for a CRF between the two; None for none.
+  """
+  maps_khw = class_maps(cams_nij, size, unlabelled or not len(labels_n))
+  return label_map(maps_khw if image_hwc is None else refine_crf(maps_khw, image_hwc), labels_n)
+
+
+def check_crf() -> None:
+  """Raises ValueError at once, and not after hours, if `refine_crf` cannot work here."""
+  refine_crf(np.full((2, 4, 4), 0.5, np.float32), np.zeros((4, 4, 3), np.uint8))
+
+
 def refine_crf(maps_khw: np.ndarray, image_hwc: np.ndarray) -> np.ndarray:
   """Probabilities of a fully connected CRF (arXiv 1210.5644) with `maps_khw` as its unary term, `[k, h, w]`.
 

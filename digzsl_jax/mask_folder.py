@@ -19,7 +19,7 @@ from PIL import Image
 
 from digzsl_jax import files, mask_files
 from digzsl_jax.contact_sheet import Overlay
-from digzsl_jax.data import images, label_lists, native
+from digzsl_jax.data import images, label_lists, native, prompts
 from digzsl_jax.segmenter import Cams, MaskRules
 from digzsl_jax.tag_records import Records, state
 
@@ -40,9 +40,7 @@ def names(listed: str | None, labels: Sequence[str], background: Sequence[str] |
     background: None for that of the list.
   """
   known = label_lists.CLS_SEG.get(listed, label_lists.LabelList(tuple(labels), ()))
-  own = {name.lower() for name in known.names}
-  return (*known.names, *(name for name in (known.background if background is None else background)
-                          if name.lower() not in own))
+  return (*known.names, *prompts.beside(known.background if background is None else background, known.names))
 
 
 def rules(listed: str | None, layers: int, compat: bool) -> MaskRules:
@@ -85,7 +83,7 @@ class Masks:
       OSError: the folder cannot be written.
     """
     if crf:  # says at once whether it is installed
-      mask_files.refine_crf(np.full((2, 4, 4), 0.5, np.float32), np.zeros((4, 4, 3), np.uint8))
+      mask_files.check_crf()
     self.folder, self.labels, self.unlabelled, self.crf = folder, labels, unlabelled, crf
     self.stem = dict(zip(map(str, paths), stems(paths)))
     self.wrong = {}
@@ -152,11 +150,8 @@ class Masks:
     image = Image.fromarray(read.shown(cams.row))
     scale = min(1, math.sqrt(MOST_PIXELS / (image.width * image.height)))
     small = image if scale == 1 else image.resize([max(1, int(scale * side)) for side in image.size])
-    unlabelled = self.unlabelled or not len(cams.labels_m)
-    maps_khw = mask_files.class_maps(cams.cams_mij, small.size[::-1], unlabelled)
-    if self.crf:
-      maps_khw = mask_files.refine_crf(maps_khw, np.asarray(small))
-    labels_hw = mask_files.label_map(maps_khw, cams.labels_m)
+    labels_hw = mask_files.labels_of(cams.cams_mij, cams.labels_m, small.size[::-1], self.unlabelled,
+                                     np.asarray(small) if self.crf else None)
     picture = image.copy()
     picture.thumbnail((OVERLAY, OVERLAY))
     overlay_hwc = mask_files.overlay(np.asarray(picture), _nearest(labels_hw, picture.size), self.labels,

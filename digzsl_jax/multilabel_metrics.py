@@ -68,6 +68,11 @@ def mean_average_precision(precisions_k: np.ndarray, *, skip_absent: bool = Fals
   return float(precisions_k[present_k].mean() if skip_absent else np.where(present_k, precisions_k, 0).mean())
 
 
+def percent(fraction: float) -> float | None:
+  """A fraction in percent, to two decimals; None for NaN."""
+  return None if np.isnan(fraction) else round(100 * float(fraction), 2)
+
+
 def precision_recall_f1(scores_nk: np.ndarray, targets_nk: np.ndarray, top: int) -> PrecisionRecall:
   """Of each image's `top` classes of highest score: `P = TP / (n top)`, `R = TP / positives`, `F1 = 2 P R / (P + R)`.
 

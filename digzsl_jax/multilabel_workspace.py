@@ -45,3 +45,10 @@ class MultilabelWorkspace(BaseWorkspace):
     name = self.models.clip
     foreign = name.startswith(EMBEDDED) and not name.removeprefix(EMBEDDED).startswith(self.config["data"]["name"])
     return [name] if foreign else []
+
+  @property
+  def warnings(self) -> list[str]:
+    """What makes the numbers of this run mean less than they seem to."""
+    said = ("learnt from a small world and knows nothing of these labels: the numbers below mean nothing. What a run "
+            "with it shows is that data, counts and stages fit together.")
+    return [f"{name} {said}" for name in self.foreign_models]

@@ -104,11 +104,6 @@ def _split(text: str) -> tuple[str, ...]:
   return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _alike(name: str) -> str:
-  """Two names that are the same to CLIP are the same here."""
-  return prompts.class_name(name).lower()
-
-
 def choose(args: argparse.Namespace) -> Choice:
   """Labels, background and prompts that the command line asks for.
 
@@ -125,10 +120,8 @@ def choose(args: argparse.Namespace) -> Choice:
   if rest is None:
     rest = args.labels if args.labels in lists else "" if small else BACKGROUND
   background = lists[rest].background if rest in lists else _split(rest)
-  own = set(map(_alike, labels))
   template = args.template or ("a photo of a {name}" if small else "tagclip85")
-  return Choice(labels, tuple(name for name in background if _alike(name) not in own),
-                prompts.templates(template, field="--template"))
+  return Choice(labels, prompts.beside(background, labels), prompts.templates(template, field="--template"))
 
 
 def find_model(name: str) -> pathlib.Path:

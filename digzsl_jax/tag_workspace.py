@@ -1,6 +1,6 @@
 """What the stages of TagCLIP share: prompts of labels and background, pictures at their own size, the model.
 
-Shapes: n picture, k class: labels, then background, p width of the shared space.
+Shapes: n picture, f label, k class: labels, then background, p width of the shared space.
 """
 
 import dataclasses
@@ -9,13 +9,14 @@ import pathlib
 from types import ModuleType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from digzsl_jax import checkpoint, label_texts
 from digzsl_jax.base_workspace import LAYOUTS, check, parse
 from digzsl_jax.data import label_lists, native, prompts
-from digzsl_jax.models import cdm, clip, download, hub, layers
+from digzsl_jax.models import cdm, clip, download, hub, layers, tagclip
 from digzsl_jax.multilabel_workspace import MultilabelWorkspace
 
 
@@ -107,11 +108,8 @@ class TagWorkspace(MultilabelWorkspace):
   @functools.cached_property
   def background(self) -> tuple[str, ...]:
     """Names beside the labels, less those that are labels."""
-    return self.beside(label_lists.LISTS[self.models.background].background if self.models.background else ())
-
-  def beside(self, background: tuple[str, ...]) -> tuple[str, ...]:
-    labels = {prompts.class_name(name).lower() for name in self.names}
-    return tuple(name for name in background if name.lower() not in labels)
+    listed = label_lists.LISTS[self.models.background].background if self.models.background else ()
+    return prompts.beside(listed, self.names)
 
   @functools.cached_property
   def texts_kp(self) -> np.ndarray:
@@ -134,3 +132,11 @@ class TagWorkspace(MultilabelWorkspace):
     if isinstance(images, np.ndarray):
       return native.ArrayPictures(images, patch, most_patches)
     return native.NativePictures(images.folder, images.files, patch, most_patches)
+
+  def scores(self) -> dict[str, np.ndarray]:
+    """What stage tags left, `[n, f]` by step of the method."""
+    return checkpoint.read_arrays(self.folder("tags") / "scores.safetensors")
+
+  def tags(self, scores_nf: np.ndarray) -> np.ndarray:
+    """The tags that scores decide, bool `[n, f]`."""
+    return np.asarray(tagclip.tags(jnp.asarray(scores_nf), self.config["tags"]["threshold"]))

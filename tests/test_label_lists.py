@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from digzsl_jax import mask_files
 from digzsl_jax.data import coco, label_lists, prompts, scenes, voc
 
 # The superclass of each stuff id, 92 to 182, as TagCLIP's and PiCIE's tables number them, from 12 on.
@@ -84,7 +85,7 @@ def test_groups_of_coco_stuff():
 
 
 def test_colours_of_voc():
-  palette = label_lists.voc_palette()
+  palette = mask_files.palette()
   assert palette.shape == (256, 3) and palette.dtype == np.uint8 and len(np.unique(palette, axis=0)) == 256
   certain = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 4: (0, 0, 128), 8: (64, 0, 0), 15: (192, 128, 128),
              20: (0, 64, 128), 255: (224, 224, 192)}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from digzsl_jax import mask_files
 from digzsl_jax.data import label_lists, label_maps, multilabel, true_masks, voc
 
 
@@ -45,7 +46,7 @@ def make_voc(root):
   for i, name in enumerate("abc"):
     write(root / f"Annotations/{name}.xml", ANNOTATION)
     picture(root / f"JPEGImages/{name}.jpg", 2 + i, 4, i)
-    numbers(root / f"SegmentationClass/{name}.png", [[0, 8, 255, i]] * (2 + i), label_lists.voc_palette())
+    numbers(root / f"SegmentationClass/{name}.png", [[0, 8, 255, i]] * (2 + i), mask_files.palette())
   return {"name": "voc", "folder": str(root), "train": "", "test": "val", "lists": "Segmentation", "size": 8}
 
 

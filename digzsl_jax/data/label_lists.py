@@ -10,8 +10,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from digzsl_jax.data import scenes, voc
 
 
@@ -106,14 +104,3 @@ _GROUP = {name: group for group, names in _STUFF.items() for name in names}
 STUFF27 = tuple(STUFF27_NAMES.index(group) for group in (
   *itertools.chain(*([group] * len(names) for group, names in _THINGS.items())),
   *(_GROUP[name] for name in _COCO_STUFF[len(_COCO):])))
-
-
-def voc_palette() -> np.ndarray:
-  """`[256, 3]`, uint8: VOC's colour of each index.
-
-  Red, green and blue take an index's bits in turn, from the lowest; each goes on with the next lower bit of the colour.
-  """
-  index_v, colours_vc = np.arange(256), np.zeros((256, 3), np.uint8)
-  for bit in range(8):
-    colours_vc[:, bit % 3] |= ((index_v >> bit & 1) << 7 - bit // 3).astype(np.uint8)
-  return colours_vc

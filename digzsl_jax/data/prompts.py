@@ -98,6 +98,13 @@ def class_name(raw: str) -> str:
   return name
 
 
+def beside(others: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+  """Those of `others` that are not among `names`, spelt alike to CLIP, which knows no capitals."""
+  alike = lambda name: class_name(name).lower()
+  taken = set(map(alike, names))
+  return tuple(name for name in others if alike(name) not in taken)
+
+
 def slug(name: str) -> str:
   """A class name or prompt as a file name; a digest keeps apart what differs in other characters or further on."""
   plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80]

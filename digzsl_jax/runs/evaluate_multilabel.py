@@ -22,6 +22,7 @@ from digzsl_jax import checkpoint, files, logs, metrics, multilabel_metrics, pro
 from digzsl_jax.base_workspace import BATCH, check
 from digzsl_jax.decoder_workspace import DecoderWorkspace
 from digzsl_jax.models import cdm, clip_decoder
+from digzsl_jax.multilabel_metrics import percent
 
 NEEDS = ("train",)
 MODELS = ("clip", "queries", "tresnet")
@@ -60,11 +61,6 @@ def validate(settings: Settings, ws: DecoderWorkspace) -> None:
     if not (ws.dataset.test.targets_nk[:, columns] == 1).any():
       raise ValueError(f"no test image of {ws.dataset.name} holds one of the {len(columns)} labels that {part!r} "
                        "ranks; give config.data test images that do, or leave this stage out")
-
-
-def percent(fraction: float) -> float | None:
-  """A fraction in percent, to two decimals; None for NaN."""
-  return None if np.isnan(fraction) else round(100 * float(fraction), 2)
 
 
 def measure(settings: Settings, scores_nk: np.ndarray, targets_nk: np.ndarray, names: Sequence[str]) -> dict:
@@ -149,7 +145,7 @@ def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
       "method": OURS, "dataset": dataset.name, "seed": ws.seed,
       "labels": {"seen": len(dataset.seen), "unseen": len(dataset.unseen)},
       "images": {part: len(getattr(dataset, part).targets_nk) for part in ("train", "test")},
-      "warnings": warnings(ws), "baselines": measured, "training": ws.stages["train"].results(),
+      "warnings": ws.warnings, "baselines": measured, "training": ws.stages["train"].results(),
       "devices": logs.devices(ws.mesh.devices.flat),
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items() if stage.done}}
   files.write_json(ws.workdir / "results.json", results)
@@ -157,9 +153,3 @@ def run(settings: Settings, ws: DecoderWorkspace, folder: pathlib.Path) -> dict:
               if key == "mAP" or key.startswith("F1")}
   ws.log.say(f"evaluate: {headline}")
   return headline
-
-
-def warnings(ws: DecoderWorkspace) -> list[str]:
-  """What makes the numbers of this run mean less than they seem to."""
-  return [f"{name} learnt from a small world and knows nothing of these labels: the numbers below mean nothing. What a "
-          "run with it shows is that data, counts and stages fit together." for name in ws.foreign_models]

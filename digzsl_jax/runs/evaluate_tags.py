@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax import checkpoint, files, logs, multilabel_metrics, segmentation_metrics
+from digzsl_jax import files, logs, multilabel_metrics, segmentation_metrics
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import label_lists, label_maps, true_masks
 from digzsl_jax.models import tagclip
+from digzsl_jax.multilabel_metrics import percent
 from digzsl_jax.tag_workspace import TagWorkspace
 
 NEEDS = ("tags",)
@@ -67,11 +68,6 @@ def targets(settings: Settings, ws: TagWorkspace) -> np.ndarray:
   """`[n, f]` as they are counted."""
   targets_nf = ws.dataset.test.targets_nk
   return np.abs(targets_nf) if settings.difficult else targets_nf
-
-
-def percent(fraction: float) -> float | None:
-  """A fraction in percent, to two decimals; None for NaN."""
-  return None if np.isnan(fraction) else round(100 * float(fraction), 2)
 
 
 def measure(settings: Settings, scores_nf: np.ndarray, targets_nf: np.ndarray, names: Sequence[str],
@@ -132,12 +128,12 @@ def complete(ws: TagWorkspace, folder: pathlib.Path) -> bool:
 
 def run(settings: Settings, ws: TagWorkspace, folder: pathlib.Path) -> dict:
   """Writes `results.json` in the work folder; returns its headline numbers."""
-  scores = checkpoint.read_arrays(ws.folder("tags") / "scores.safetensors")
+  scores = ws.scores()
   targets_nf, threshold = targets(settings, ws), ws.config["tags"]["threshold"]
   measured = {name: measure(settings, scores[name], targets_nf, ws.dataset.names, threshold) for name in METHODS}
   results = measured.pop(OURS) | {
       "method": OURS, "dataset": ws.dataset.name, "seed": ws.seed, "labels": len(ws.dataset.names),
-      "background": list(ws.background), "baselines": measured, "warnings": warnings(ws),
+      "background": list(ws.background), "baselines": measured, "warnings": ws.warnings,
       "tagging": ws.stages["tags"].results(), "devices": logs.devices(ws.mesh.devices.flat),
       "seconds": {name: stage.results()["seconds"] for name, stage in ws.stages.items() if stage.done}}
   if ws.stages["masks"].done and (masks := measure_masks(settings, ws, scores[OURS])):
@@ -146,9 +142,3 @@ def run(settings: Settings, ws: TagWorkspace, folder: pathlib.Path) -> dict:
   headline = {name: results[name] for name in ("mAP", "F1", "mIoU") if name in results}
   ws.log.say(f"evaluate: {headline}")
   return headline
-
-
-def warnings(ws: TagWorkspace) -> list[str]:
-  """What makes the numbers of this run mean less than they seem to."""
-  return [f"{name} learnt from a small world and knows nothing of these labels: the numbers below mean nothing. What a "
-          "run with it shows is that data, counts and stages fit together." for name in ws.foreign_models]

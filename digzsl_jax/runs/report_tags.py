@@ -8,14 +8,12 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax import checkpoint, files, mask_files, report_parts
+from digzsl_jax import files, mask_files, report_parts
 from digzsl_jax import report_page as page
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import label_maps, true_masks
-from digzsl_jax.models import tagclip
 from digzsl_jax.report_page import Html, tag
 from digzsl_jax.tag_workspace import TagWorkspace
 
@@ -149,8 +147,8 @@ def published(results: Mapping, settings: Settings) -> Html | None:
 def examples(ws: TagWorkspace, settings: Settings) -> Html | None:
   """Test pictures with their tags, the masks over them and, where it is known, what they truly show."""
   dataset = ws.dataset
-  scores_nf = checkpoint.read_arrays(ws.folder("tags") / "scores.safetensors")["tagclip"]
-  tags_nf = np.asarray(tagclip.tags(jnp.asarray(scores_nf), ws.config["tags"]["threshold"]))
+  scores_nf = ws.scores()["tagclip"]
+  tags_nf = ws.tags(scores_nf)
   cells = []
   for row, pictures in views(ws, settings):
     is_true_f = dataset.test.targets_nk[row] == 1

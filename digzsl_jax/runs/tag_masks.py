@@ -13,13 +13,12 @@ import functools
 import os
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 
-from digzsl_jax import checkpoint, files, mask_files
+from digzsl_jax import files, mask_files
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import images, label_lists, native, prompts
-from digzsl_jax.models import tagclip
+from digzsl_jax.models import cls_seg
 from digzsl_jax.segmenter import Cams, MaskRules, Segmenter
 from digzsl_jax.tag_workspace import TagWorkspace
 
@@ -76,19 +75,16 @@ class Settings:
 
 def validate(settings: Settings, ws: TagWorkspace) -> None:
   """Raises ValueError if the model has other layers, a list does not fit, or the CRF is not installed."""
-  if not 0 <= settings.first_layer <= settings.last_layer < ws.layers:
-    raise ValueError(f"first_layer {settings.first_layer} and last_layer {settings.last_layer} do not fit a model of "
-                     f"{ws.layers} layers: 0 <= first_layer <= last_layer < {ws.layers}")
+  cls_seg.check(ws.layers, settings.first_layer, settings.last_layer)
   if settings.names:
     ws.listed(settings.names, "masks.names", label_lists.CLS_SEG)
   if settings.crf:
-    mask_files.refine_crf(np.full((2, 4, 4), 0.5, np.float32), np.zeros((4, 4, 3), np.uint8))
+    mask_files.check_crf()
 
 
 def run(settings: Settings, ws: TagWorkspace, folder: pathlib.Path) -> dict:
   """Makes the masks of all test pictures."""
-  scores_nf = checkpoint.read_arrays(ws.folder("tags") / "scores.safetensors")["tagclip"]
-  tags_nf = np.asarray(tagclip.tags(jnp.asarray(scores_nf), ws.config["tags"]["threshold"]))
+  tags_nf = ws.tags(ws.scores()["tagclip"])
   pictures, writer = ws.pictures(ws.config["tags"]["most_patches"]), Writer(settings, ws, folder)
   left = np.array([row for row in range(len(pictures)) if not writer.has(row)], np.int64)
   buckets = [bucket._replace(members=bucket.members[np.isin(bucket.members, left)])
@@ -109,9 +105,8 @@ def texts(settings: Settings, ws: TagWorkspace) -> np.ndarray:
   """Unit embeddings `[k, p]` of labels and background, as masks are told of them."""
   names = ws.listed(settings.names, "masks.names", label_lists.CLS_SEG) if settings.names else ws.names
   background = label_lists.CLS_SEG[settings.background].background if settings.background else ws.background
-  labels = {name.lower() for name in names}
-  background = tuple(name for name in background if name.lower() not in labels)
-  return ws.embed_labels((*names, *background), prompts.templates(settings.template, field="template"))
+  templates = prompts.templates(settings.template, field="template")
+  return ws.embed_labels((*names, *prompts.beside(background, names)), templates)
 
 
 class Writer:
@@ -149,11 +144,8 @@ class Writer:
   def one(self, cams: Cams, pictures: native.Native) -> None:
     """The files of one picture, its labels last: they say that it is finished."""
     image_hwc = pictures.shown(cams.row) if self.settings.overlays or self.settings.crf else None
-    maps_khw = mask_files.class_maps(cams.cams_mij, tuple(pictures.sizes_n2[cams.row].tolist()),
-                                     self.settings.unlabelled or not len(cams.labels_m))
-    if self.settings.crf:
-      maps_khw = mask_files.refine_crf(maps_khw, image_hwc)
-    labels_hw = mask_files.label_map(maps_khw, cams.labels_m)
+    labels_hw = mask_files.labels_of(cams.cams_mij, cams.labels_m, tuple(pictures.sizes_n2[cams.row].tolist()),
+                                     self.settings.unlabelled, image_hwc if self.settings.crf else None)
     if self.settings.overlays:
       images.write_png(self.folder / self.overlays[cams.row],
                        mask_files.overlay(image_hwc, labels_hw, self.names, self.palette_vc))
