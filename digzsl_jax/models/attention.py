@@ -3,7 +3,7 @@
 `attention` shows its weights, `attend` does without them and so need not hold all of them at once: queries are
 independent, so any part of them can be worked on by itself, with the same sums. `choose` says how many.
 
-Shapes: b batch, l query, m key, h head, d width of a head, n query of one block.
+Shapes: b batch, l query, m key, h head, d width of a head, e values and sums, n query of one block.
 """
 
 import functools
@@ -11,8 +11,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from digzsl_jax.models.products import dot
+
 BLOCK = 512  # queries at once
 LONG = 2**20  # queries times keys from which parts are quicker on a CPU (docs/precision.md)
+SUMS = 8  # columns beside the values: one for the sum of the weights, and none that breaks a vector of floats
 LARGE = 2**28  # weights, a GiB in float32, above which an accelerator works in parts too
 FLASH_WIDTH = 128  # of a head, the largest that cuDNN takes on every GPU that has its kernel
 
@@ -50,20 +53,29 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   return out_blhd.astype(v_bmhd.dtype), weights_bhlm
 
 
-def _in_blocks(block, queries: jax.Array) -> jax.Array:
-  """`block` of one part of the leading axis after another; the way back computes a part's weights again."""
-  length, *rest = queries.shape
+def _scan_blocks(block, carry, queries):
+  """`block(carry, part)` for one part of the leading axis after another; zeros fill the last one."""
+  length = len(jax.tree.leaves(queries)[0])
   count = -(-length // BLOCK)
   size = -(-length // count)
-  filled = jnp.pad(queries, ((0, count * size - length), *[(0, 0)] * len(rest)))
-  out = jax.lax.map(jax.checkpoint(block), filled.reshape(count, size, *rest))
-  return out.reshape(count * size, *rest)[:length]
+
+  def parts(x):
+    return jnp.pad(x, ((0, count * size - length), *[(0, 0)] * (x.ndim - 1))).reshape(count, size, *x.shape[1:])
+
+  carry, out = jax.lax.scan(block, carry, jax.tree.map(parts, queries))
+  return carry, jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:])[:length], out)
+
+
+def _in_blocks(block, queries: jax.Array):
+  """`block(part)` of one part after another."""
+  return _scan_blocks(lambda _, part: (None, block(part)), None, queries)[1]
 
 
 def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
   """One block of queries after another."""
   block = lambda q_nbhd: jnp.moveaxis(whole(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd), 1, 0)
-  return jnp.moveaxis(_in_blocks(block, jnp.moveaxis(q_blhd, 1, 0)), 0, 1)
+  # The way back computes a part's weights again.
+  return jnp.moveaxis(_in_blocks(jax.checkpoint(block), jnp.moveaxis(q_blhd, 1, 0)), 0, 1)
 
 
 def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
@@ -71,20 +83,60 @@ def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Arr
 
   XLA:CPU is several times slower at products with batch axes, be they of size one.
   """
-  b, queries, h, d = q_blhd.shape
-  dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
+  b, queries, h, _ = q_blhd.shape
+  rows = (jnp.moveaxis(x, 2, 1).reshape(b * h, -1, x.shape[-1]) for x in (q_blhd, k_bmhd, v_bmhd))
+  out_hld = jax.lax.map(lambda qkv: head(*qkv), tuple(rows))
+  return jnp.moveaxis(out_hld.reshape(b, h, queries, -1), 1, 2)
 
-  def head(qkv):
-    q_ld, k_md, v_md = qkv
 
-    def block(q_nd):
-      weights_nm = softmax(dot(q_nd, k_md.T) * d**-0.5)
-      return dot(weights_nm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+@jax.custom_vjp
+def head(q_ld: jax.Array, k_md: jax.Array, v_md: jax.Array) -> jax.Array:
+  """One head, by blocks of queries; the way back (Dao et al., arXiv 2205.14135, algorithm 4) by the same blocks."""
+  return _head(q_ld, k_md, v_md)[0]
 
-    return _in_blocks(block, q_ld)
 
-  rows = tuple(jnp.moveaxis(x, 2, 1).reshape(b * h, -1, d) for x in (q_blhd, k_bmhd, v_bmhd))
-  return jnp.moveaxis(jax.lax.map(head, rows).reshape(b, h, queries, d), 1, 2)
+def _head(q_ld: jax.Array, k_md: jax.Array, v_md: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The output and, of every query, the logarithm of the sum of its powers, `[l, 1]`."""
+  d, low = q_ld.shape[-1], v_md.dtype
+  keys_dm = k_md.T  # as the product wants them
+  # The sum of a query's powers is one more column of its output: so they are read once.
+  v_me = jnp.concatenate([v_md, jnp.zeros((len(v_md), SUMS), low).at[:, 0].set(1)], 1)
+
+  def block(q_nd):
+    logits_nm = dot(q_nd, keys_dm)
+    largest_n1 = logits_nm.max(-1, keepdims=True)
+    sums_ne = dot(jnp.exp((logits_nm - largest_n1) * d**-0.5).astype(low), v_me)
+    total_n1 = sums_ne[:, d:d + 1]
+    return (sums_ne[:, :d] / total_n1).astype(low), largest_n1 * d**-0.5 + jnp.log(total_n1)
+
+  return _in_blocks(block, q_ld)
+
+
+def _head_forward(*qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  out_ld, log_sums_l1 = _head(*qkv)
+  return out_ld, (*qkv, out_ld, log_sums_l1)
+
+
+def _head_backward(saved: tuple[jax.Array, ...], grad_ld: jax.Array) -> tuple[jax.Array, ...]:
+  q_ld, k_md, v_md, out_ld, log_sums_l1 = saved
+  d, low = q_ld.shape[-1], k_md.dtype
+  shares_l1 = (grad_ld.astype(jnp.float32) * out_ld.astype(jnp.float32)).sum(-1, keepdims=True)
+  keys_dm, values_dm = k_md.T, v_md.T
+
+  def block(sums, part):
+    q_nd, grad_nd, log_sums_n1, shares_n1 = part
+    weights_nm = jnp.exp(dot(q_nd, keys_dm) * d**-0.5 - log_sums_n1)
+    grad_nm = (weights_nm * (dot(grad_nd, values_dm) - shares_n1) * d**-0.5).astype(low)
+    # Sums over queries are put out with the short axis first, which takes XLA:CPU half the time.
+    new = dot(q_nd.T, grad_nm), dot(grad_nd.T, weights_nm.astype(low))
+    return jax.tree.map(jnp.add, sums, new), dot(grad_nm, k_md).astype(q_nd.dtype)
+
+  zeros = jnp.zeros((d, len(k_md)))
+  (k_dm, v_dm), q_ld = _scan_blocks(block, (zeros, zeros), (q_ld, grad_ld, log_sums_l1, shares_l1))
+  return q_ld, k_dm.T.astype(low), v_dm.T.astype(low)
+
+
+head.defvjp(_head_forward, _head_backward)
 
 
 def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
@@ -97,11 +149,11 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
     bias_bm: added to the logits of every query and head; `-inf` masks.
   """
   h, d = q_blhd.shape[2:]
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   def one(q_ld, k_md, v_md, bias_m):
-    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
-    return weights_lm, product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+    weights_lm = softmax(einsum("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
+    return weights_lm, einsum("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
 
   # Both sums and outputs start from what the queries give: XLA would write constant zeros for all layers of a model
   # before it computes the first one, and memory would grow with their number.
@@ -132,12 +184,12 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
 
 def masked(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax.Array) -> jax.Array:
   """The first of what `with_mean` gives, where a gradient is wanted: the way back computes a head's weights again."""
-  d, product = q_blhd.shape[-1], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  d, einsum = q_blhd.shape[-1], functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
   @jax.checkpoint
   def one(q_ld, k_md, v_md, bias_m):
-    weights_lm = softmax(product("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
-    return product("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
+    weights_lm = softmax(einsum("...ld,...md->...lm", q_ld, k_md) * d**-0.5 + bias_m)
+    return einsum("...lm,...md->...ld", weights_lm.astype(v_md.dtype), v_md).astype(v_md.dtype)
 
   def heads(row):
     *qkv, bias_m = row  # `[h, l, d]` each

@@ -25,9 +25,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from digzsl_jax.models.attention import attend
+from digzsl_jax.models.convolution import convolve
+from digzsl_jax.models.products import dot, product
 
 LECUN = nnx.initializers.lecun_normal()  # Flax's own first kernels
 DTYPES = ("float32", "bfloat16", "mixed")
+PART = 1024  # positions at once on a CPU
+WIDE = 128  # channels from which layers have ways of their own on a CPU; narrower ones were not measured
 
 
 def types(dtype) -> tuple[jnp.dtype, jnp.dtype]:
@@ -76,27 +80,15 @@ def linear(inputs: int, outputs: int, *, bias: bool = True, kernel_init=LECUN, b
                 bias_init=first(bias_init), rngs=rngs)
 
 
-def product(inputs_nx: jax.Array, kernel_xy: jax.Array) -> jax.Array:
-  """`inputs @ kernel` in the kernel's type with float32 sums, and so are its gradients.
+def in_parts(function: Callable[[jax.Array], jax.Array], x_bld: jax.Array) -> jax.Array:
+  """`function`, which makes many numbers of every position by itself, of some positions after another.
 
-  Sums put out in 16 bits would be several times slower on a CPU (docs/precision.md).
+  On a CPU what lies between then stays in the cache; elsewhere, and where models are small, all at once.
   """
-  dot = functools.partial(jax.lax.dot, preferred_element_type=jnp.float32)
-  low = lambda x: x.astype(kernel_xy.dtype)
-  if kernel_xy.dtype == jnp.float32:
-    return dot(low(inputs_nx), kernel_xy)
-
-  @jax.custom_vjp
-  def both_low(inputs_nx, kernel_xy):
-    return dot(low(inputs_nx), kernel_xy)
-
-  def backward(saved, grad_ny):
-    inputs_nx, kernel_xy = saved
-    grad_ny = low(grad_ny)
-    return dot(grad_ny, kernel_xy.T).astype(inputs_nx.dtype), low(dot(low(inputs_nx).T, grad_ny))
-
-  both_low.defvjp(lambda inputs_nx, kernel_xy: (both_low(inputs_nx, kernel_xy), (inputs_nx, kernel_xy)), backward)
-  return both_low(inputs_nx, kernel_xy)
+  count, d = x_bld.shape[0] * x_bld.shape[1], x_bld.shape[2]
+  if jax.default_backend() != "cpu" or d < WIDE or count <= PART or count % PART:
+    return function(x_bld)
+  return jax.lax.map(function, x_bld.reshape(-1, PART, d)).reshape(*x_bld.shape[:2], -1)
 
 
 class Conv(nnx.Conv):
@@ -131,47 +123,52 @@ def pointwise(conv: Conv, x_bijd: jax.Array) -> jax.Array:
   return out_nd.astype(conv.out).reshape(*x_bijd.shape[:-1], -1)
 
 
-def convolve(x_bijc: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
-  """`jax.lax.conv_general_dilated` with a gradient that is fast on a CPU inside loops and conditions too.
-
-  There XLA:CPU leaves the kernel of JAX's own gradient in a layout (outputs before inputs) that it has no
-  fast code for; outside it would turn it round. So here it is turned round by hand.
-  """
-  plain = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, **options)
-  if any(stride != 1 for stride in strides):
-    return plain(x_bijc, kernel, padding=padding)
-
-  @jax.custom_vjp
-  def unit(x_bijc, kernel):
-    return plain(x_bijc, kernel, padding=padding)
-
-  def backward(saved, grad_bijc):
-    x_bijc, kernel = saved
-    pads = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(kernel.shape, padding)]
-    to_kernel = jax.linear_transpose(lambda kernel: plain(x_bijc, kernel, padding=padding), kernel)
-    return plain(grad_bijc, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), padding=pads), to_kernel(grad_bijc)[0]
-
-  unit.defvjp(lambda x_bijc, kernel: (unit(x_bijc, kernel), (x_bijc, kernel)), backward)
-  return unit(x_bijc, kernel)
-
-
 class GroupNorm(nnx.GroupNorm):
   """`nnx.GroupNorm` (arXiv 1803.08494) without splitting the channel axis before it reduces, which XLA:CPU
   runs two to four times slower."""
 
   def __call__(self, x_bijd: jax.Array) -> jax.Array:
     x_bld = x_bijd.reshape(x_bijd.shape[0], -1, x_bijd.shape[-1]).astype(jnp.float32)
-    centred_bld = x_bld - self._group_mean(x_bld)
-    # Two passes: the one-pass variance loses digits that PyTorch keeps and breaks parity at 1e-5.
-    deviation_b1d = jax.lax.rsqrt(self._group_mean(centred_bld**2) + self.epsilon)
-    out_bld = centred_bld * (deviation_b1d * self.scale[...]) + self.bias[...]
+    own_backward = jax.default_backend() == "cpu" and x_bld.shape[-1] >= WIDE
+    normalise = _normalise if own_backward else _normalise.fun
+    out_bld = normalise(x_bld, self.num_groups, self.epsilon, self.scale[...]) + self.bias[...]
     return out_bld.reshape(x_bijd.shape).astype(self.dtype)
 
-  def _group_mean(self, x_bld: jax.Array) -> jax.Array:
-    """Mean over positions and over the channels of each group, repeated for every channel: `[b, 1, d]`."""
-    b, _, d = x_bld.shape
-    means_bg = x_bld.mean(1).reshape(b, self.num_groups, -1).mean(-1)
-    return jnp.repeat(means_bg, d // self.num_groups, axis=-1)[:, None]
+
+def _group_mean(x_bld: jax.Array, groups: int) -> jax.Array:
+  """Mean over positions and over the channels of each group, repeated for every channel: `[b, 1, d]`."""
+  b, _, d = x_bld.shape
+  means_bg = x_bld.mean(1).reshape(b, groups, -1).mean(-1)
+  return jnp.repeat(means_bg, d // groups, axis=-1)[:, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _normalise(x_bld: jax.Array, groups: int, epsilon: float, scale_d: jax.Array) -> jax.Array:
+  centred_bld = x_bld - _group_mean(x_bld, groups)
+  # Two passes: the one-pass variance loses digits that PyTorch keeps and breaks parity at 1e-5.
+  deviation_b1d = jax.lax.rsqrt(_group_mean(centred_bld**2, groups) + epsilon)
+  return centred_bld * (deviation_b1d * scale_d)
+
+
+def _normalise_forward(x_bld, groups, epsilon, scale_d):
+  return _normalise(x_bld, groups, epsilon, scale_d), (x_bld, scale_d)
+
+
+def _normalise_backward(groups, epsilon, saved, grad_bld):
+  """JAX's own, with sums over positions as products: XLA:CPU would make what is summed on one core, once a sum."""
+  x_bld, scale_d = saved
+  b, l, d = x_bld.shape
+  rows_bn = jnp.repeat(jnp.eye(b), l, axis=1)
+  mean = lambda sums_bd: jnp.repeat(sums_bd.reshape(b, groups, -1).mean(-1) / l, d // groups, axis=-1)[:, None]
+  centred_bld = x_bld - _group_mean(x_bld, groups)
+  deviation_b1d = jax.lax.rsqrt(_group_mean(centred_bld**2, groups) + epsilon)
+  normed_bld, scaled_bld = centred_bld * deviation_b1d, grad_bld * scale_d
+  grads_bd, products_bd = (dot(rows_bn, x_bld.reshape(b * l, d)) for x_bld in (scaled_bld, grad_bld * normed_bld))
+  back_bld = scaled_bld - mean(grads_bd) - normed_bld * mean(products_bd * scale_d)
+  return back_bld * deviation_b1d, products_bd.sum(0)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> GroupNorm:
@@ -282,8 +279,26 @@ def call(function, modules, *arrays, remat: bool):
   if not remat:
     return function(modules, *arrays)
   graphdef, state = nnx.split(modules)
-  again = jax.checkpoint(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))
+  checkpoint = _checkpoint if jax.default_backend() == "cpu" else jax.checkpoint
+  again = checkpoint(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))
   return again(state, *arrays)
+
+
+def _checkpoint(function):
+  """`jax.checkpoint` of `function(state, *arrays)` for XLA:CPU, which would compute all layers again at once, and so
+  keep what checkpoints are to save, did the inputs not depend on the gradient that comes back."""
+  @jax.custom_vjp
+  def again(state, *arrays):
+    return function(state, *arrays)
+
+  def backward(saved, grads):
+    state, *arrays = saved
+    nothing = 0 * jax.tree.leaves(grads)[0].ravel()[0]
+    arrays = [x + nothing.astype(x.dtype) for x in arrays]
+    return jax.vjp(function, state, *arrays)[1](grads)
+
+  again.defvjp(lambda *inputs: (function(*inputs), inputs), backward)
+  return again
 
 
 class Attention(nnx.Module):

@@ -119,7 +119,7 @@ class FeedForward(nnx.Module):
                          layers.linear(4 * width, width, dtype=dtype, rngs=rngs)])
 
   def __call__(self, x_bld: jax.Array) -> jax.Array:
-    return self.net[2](self.net[0](x_bld))
+    return layers.in_parts(lambda x_nd: self.net[2](self.net[0](x_nd)), x_bld)
 
 
 class BasicTransformerBlock(nnx.Module):

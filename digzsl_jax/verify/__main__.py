@@ -5,7 +5,6 @@ Each side runs in a process of its own, so that neither sees the other's memory 
 
 import argparse
 import importlib.util
-import os
 import pathlib
 import subprocess
 import sys
@@ -31,10 +30,7 @@ def shapes(folder: pathlib.Path, size: int) -> parts.Shapes:
 
 def run_side(module: str, *arguments: str) -> None:
   """One side as a process; what it says goes to the screen."""
-  # XLA's default scheduler on a CPU keeps what gradient checkpointing throws away.
-  flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-  environment = os.environ | {"XLA_FLAGS": f"{flag} {os.environ.get('XLA_FLAGS', '')}"}
-  status = subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
+  status = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
   if status:
     raise ValueError(f"{module} ended with status {status}; its message stands above"
                      + (": the system ended it, perhaps for want of memory" if status < 0 else ""))
