@@ -157,13 +157,13 @@ def _normalise_forward(x_bld, groups, epsilon, scale_d):
 def _normalise_backward(groups, epsilon, saved, grad_bld):
   """JAX's own, with sums over positions as products: XLA:CPU would make what is summed on one core, once a sum."""
   x_bld, scale_d = saved
-  b, l, d = x_bld.shape
-  rows_bn = jnp.repeat(jnp.eye(b), l, axis=1)
-  mean = lambda sums_bd: jnp.repeat(sums_bd.reshape(b, groups, -1).mean(-1) / l, d // groups, axis=-1)[:, None]
+  b, positions, d = x_bld.shape
+  rows_bn = jnp.repeat(jnp.eye(b), positions, axis=1)
+  mean = lambda sums_bd: jnp.repeat(sums_bd.reshape(b, groups, -1).mean(-1) / positions, d // groups, axis=-1)[:, None]
   centred_bld = x_bld - _group_mean(x_bld, groups)
   deviation_b1d = jax.lax.rsqrt(_group_mean(centred_bld**2, groups) + epsilon)
   normed_bld, scaled_bld = centred_bld * deviation_b1d, grad_bld * scale_d
-  grads_bd, products_bd = (dot(rows_bn, x_bld.reshape(b * l, d)) for x_bld in (scaled_bld, grad_bld * normed_bld))
+  grads_bd, products_bd = (dot(rows_bn, x_bld.reshape(-1, d)) for x_bld in (scaled_bld, grad_bld * normed_bld))
   back_bld = scaled_bld - mean(grads_bd) - normed_bld * mean(products_bd * scale_d)
   return back_bld * deviation_b1d, products_bd.sum(0)
 
