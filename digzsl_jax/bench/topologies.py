@@ -2,7 +2,7 @@
 
 It needs `libtpu` (`pip install jax[tpu]`) and no TPU: the compiler is given a topology, a program for every chip comes
 out and is never run. So it tells whether a program compiles, what it holds in a chip's memory, and what chips exchange.
-It tells no speed: FLOP and seconds are the compiler's own model of the program.
+It tells no speed: FLOP are the compiler's own count, in which the body of a loop counts once.
 """
 
 import argparse
@@ -27,11 +27,14 @@ from digzsl_jax.models import layers, platforms
 CPU = "cpu"  # in place of a topology: this process's own devices, to try the command
 # GiB of a chip in the makers' data sheets by `device_kind`; the compiler keeps a little for itself.
 MEMORY = {"TPU v4": 32, "TPU v5 lite": 16, "TPU v5": 95, "TPU v6 lite": 32}
-TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")  # how XLA refuses a program
+# How XLA refuses a program: of all that it holds, or already of its temporaries.
+TOO_LARGE = re.compile(
+    r"(?:Used |temporaries \()([\d.]+)([KMGT]?)\)?(?: of| exceeds available HBM) \(?([\d.]+)([KMGT]?)")
 # Of the compiler's library, where the environment is silent: not to ask a cloud host's metadata what the host is, which
 # does not matter, and to stand beside a program that uses this host's TPUs, or another compilation.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16",
                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+PARTS = {"argument": "arguments", "temp": "temporary", "output": "outputs", "generated_code": "code"}
 UNITS = {"": 2**-30, "K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}  # in GiB
 
 
@@ -66,30 +69,29 @@ def compile_for(program: ahead.Program, devices: jax.sharding.Mesh) -> dict[str,
     if not (said := TOO_LARGE.search(str(error))):
       raise
     used, unit, limit, unit_of_limit = said.groups()
-    return line | {"fits": False, "total_gib": float(used) * UNITS[unit],
+    return line | {"fits": False, "needed_gib": float(used) * UNITS[unit],
                    "limit_gib": float(limit) * UNITS[unit_of_limit],
                    "compile_seconds": time.perf_counter() - traced, "refused": str(error)[:4000]}
   seconds, cost = time.perf_counter() - traced, compiled.cost_analysis() or {}
   return line | {"fits": True, **held(compiled), "collectives": len(logs.COLLECTIVES.findall(compiled.as_text())),
-                 "compile_seconds": seconds, "compiler_gflop": cost.get("flops", 0) / 1e9,
-                 "compiler_model_seconds": cost.get("optimal_seconds")}
+                 "compile_seconds": seconds, "compiler_gflop": cost.get("flops", 0) / 1e9}
 
 
 def held(compiled: jax.stages.Compiled) -> dict[str, float]:
   """GiB of a device by kind; what is given out in place of an argument counts once."""
   memory = compiled.memory_analysis()
   kinds = {name: getattr(memory, f"{name}_size_in_bytes") / 2**30
-           for name in ("argument", "output", "temp", "alias", "generated_code")}
+           for name in (*PARTS, "alias")}
   return {"total_gib": sum(kinds.values()) - 2 * kinds["alias"], **{f"{name}_gib": gib for name, gib in kinds.items()}}
 
 
 def said(title: str, line: dict[str, Any]) -> str:
   """One line for people."""
-  head = f"{title} {line['program']}, {line['images_per_chip']} images: {line['total_gib']:.2f} GiB"
+  head, seconds = f"{title} {line['program']}, {line['images_per_chip']} images", f"{line['compile_seconds']:.0f} s"
   if not line["fits"]:
-    return f"{head} of {line['limit_gib']:.2f}, DOES NOT FIT, {line['compile_seconds']:.0f} s"
-  return (f"{head} ({line['argument_gib']:.2f} arguments, {line['temp_gib']:.2f} temporary, {line['output_gib']:.2f} "
-          f"output), {line['collectives']} collectives, {line['compile_seconds']:.0f} s")
+    return f"{head}: DOES NOT FIT, {line['needed_gib']:.2f} of {line['limit_gib']:.2f} GiB, {seconds}"
+  parts = ", ".join(f"{line[f'{kind}_gib']:.2f} {name}" for kind, name in PARTS.items())
+  return f"{head}: {line['total_gib']:.2f} GiB ({parts}), {line['collectives']} collectives, {seconds}"
 
 
 def parser() -> argparse.ArgumentParser:
