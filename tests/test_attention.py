@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digzsl_jax.models import attention
+from digzsl_jax.models import attention, platforms
 
 
 def projections(queries, keys, dtype=jnp.float32, b=2, h=3, d=8):
@@ -66,3 +66,14 @@ def test_a_model_uses_the_choice(monkeypatch):
   monkeypatch.setattr(attention, "by_heads", lambda *qkv: attention.whole(*qkv) + 1)
   qkv = projections(4, 4)
   np.testing.assert_array_equal(attention.attend(*qkv), attention.whole(*qkv) + 1)
+
+
+def test_a_program_is_traced_for_the_platform_that_is_told(monkeypatch):
+  monkeypatch.setattr(attention, "choose", lambda platform, *_: traced.append(platform) or attention.whole)
+  traced, qkv, attend = [], projections(4, 4), jax.jit(attention.attend)
+  attend(*qkv)
+  with platforms.tracing_for("tpu"):
+    attend.lower(*qkv)
+    attend.lower(*qkv)  # known
+  attend(*qkv)
+  assert traced == ["cpu", "tpu"] and platforms.platform() == "cpu"

@@ -8,7 +8,7 @@ import functools
 import math
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -147,22 +147,22 @@ def filled(model: nnx.Module) -> nnx.Module:
 
 
 class Models:
-  """The models of a size, made when they are first asked for."""
+  """The models of a size, made when they are first asked for; `fill` gives `hub.abstract` models their weights."""
 
-  def __init__(self, size: Size, dtype: str):
-    self.size, self.dtype = size, dtype
+  def __init__(self, size: Size, dtype: str, fill: Callable[[nnx.Module], nnx.Module] = filled):
+    self.size, self.dtype, self.fill = size, dtype, fill
 
   @functools.cached_property
   def sd(self) -> stable_diffusion.StableDiffusion:
     size, remat = self.size, self.size.tokens.remat
-    make = lambda kind, config, **switches: filled(hub.abstract(kind, config, dtype=self.dtype, **switches))
+    make = lambda kind, config, **switches: self.fill(hub.abstract(kind, config, dtype=self.dtype, **switches))
     return stable_diffusion.StableDiffusion(
         make(clip.CLIPTextModel, size.text), make(unet.UNet2DConditionModel, size.unet, remat=remat),
         make(vae.AutoencoderKL, size.vae, remat=remat))
 
   @functools.cached_property
   def clip(self) -> clip.CLIPModel:
-    return filled(hub.abstract(clip.CLIPModel, self.size.clip, dtype=self.dtype))
+    return self.fill(hub.abstract(clip.CLIPModel, self.size.clip, dtype=self.dtype))
 
   @functools.cached_property
   def encoder(self) -> cdm.Encoder:
@@ -174,7 +174,7 @@ class Models:
     kind, hidden = self.size.head
     head = nnx.eval_shape(lambda: cdm.Head(kind, self.encoder.width, hidden, self.size.clip_config.projection_dim,
                                            rngs=nnx.Rngs(0)))
-    return filled(head)
+    return self.fill(head)
 
   def schedule(self) -> diffusion.Schedule:
     return diffusion.Schedule.from_config(self.size.schedule)

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from digzsl_jax.models import platforms
 from digzsl_jax.models.products import dot
 
 BLOCK = 512  # queries at once
@@ -173,7 +174,7 @@ def with_mean(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   def one_row(row, carry):
     return jax.tree.map(lambda kept, new: kept.at[row].set(new), carry, heads(q[row], k[row], v[row], bias_bm[row]))
 
-  if jax.default_backend() == "cpu":
+  if platforms.platform() == "cpu":
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd))
     mean_blm, out_bhld = jax.lax.fori_loop(0, len(q), one_row, (zeros(q[:, 0], bias_bm), q))
     return jnp.moveaxis(out_bhld, 1, 2), mean_blm
@@ -195,7 +196,7 @@ def masked(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array, bias_bm: jax
     *qkv, bias_m = row  # `[h, l, d]` each
     return jax.lax.map(lambda head: one(*head, bias_m), tuple(qkv))
 
-  if jax.default_backend() == "cpu":
+  if platforms.platform() == "cpu":
     rows = (*(jnp.moveaxis(x, 2, 1) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm)
     return jnp.moveaxis(jax.lax.map(heads, rows), 1, 2)
   return jnp.moveaxis(heads((*(jnp.moveaxis(x, 2, 0) for x in (q_blhd, k_bmhd, v_bmhd)), bias_bm[:, None])), 0, 2)
@@ -231,5 +232,5 @@ def choose(platform: str, dtype, shape: tuple[int, int, int, int], keys: int):
 
 def attend(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
   """`attention` without its weights, `[b, l, h, d]`, by the implementation that `choose` names."""
-  chosen = choose(jax.default_backend(), q_blhd.dtype, q_blhd.shape, k_bmhd.shape[1])
+  chosen = choose(platforms.platform(), q_blhd.dtype, q_blhd.shape, k_bmhd.shape[1])
   return chosen(q_blhd, k_bmhd, v_bmhd)

@@ -271,7 +271,7 @@ def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iter
         padded, count = reading.popleft().result()
         reading.extend(readers.submit(read, images_nijc, start) for start in itertools.islice(starts, 1))
         placed = jax.device_put(padded, place([AXIS]))
-        behind, encoding = encoding, (_apply(graphdef, devices, params, placed), count)
+        behind, encoding = encoding, (encode(graphdef, devices, params, placed), count)
         if behind:  # fetched once the next batch is under way
           yield np.asarray(behind[0])[:behind[1]]
     if encoding:
@@ -281,10 +281,11 @@ def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iter
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # outside of `streamed`, so that a second one compiles nothing
-def _apply(graphdef: nnx.GraphDef, devices: jax.sharding.Mesh, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
-  encode = lambda params, images_bijc: nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
+def encode(graphdef: nnx.GraphDef, devices: jax.sharding.Mesh, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
+  """The compiled step of `streamed`: features of uint8 images, divided among `devices`."""
+  one = lambda params, images_bijc: nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
   rows = jax.sharding.PartitionSpec(AXIS)
-  return jax.shard_map(encode, mesh=devices, in_specs=(jax.sharding.PartitionSpec(), rows), out_specs=rows,
+  return jax.shard_map(one, mesh=devices, in_specs=(jax.sharding.PartitionSpec(), rows), out_specs=rows,
                        check_vma=False)(params, images_bijc)
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from digzsl_jax.models import platforms
 from digzsl_jax.models.products import dot
 
 WIDE = 256  # channels on both sides from which float32 gains; the ways below were not measured on fewer
@@ -54,7 +55,7 @@ def convolve(x_bijc: jax.Array, kernel_uvco: jax.Array, strides, padding, **opti
   padding = tuple(map(tuple, padding))
   out = [(size + sum(pads) - tap) // step + 1 for size, pads, tap, step in zip((i, j), padding, taps, strides)]
   is_unit = strides == (1, 1) and padding == tuple((tap // 2, tap // 2) for tap in taps)
-  way = choose(jax.default_backend(), kernel_uvco.dtype, b * math.prod(out), (i, j), kernel_uvco.shape, is_unit)
+  way = choose(platforms.platform(), kernel_uvco.dtype, b * math.prod(out), (i, j), kernel_uvco.shape, is_unit)
   if way == "plain":
     return plain(x_bijc, kernel_uvco, strides, padding, **options)
   if way == "patches":

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from digzsl_jax.models import platforms
 from digzsl_jax.models.attention import attend
 from digzsl_jax.models.convolution import convolve
 from digzsl_jax.models.products import dot, product
@@ -86,7 +87,7 @@ def in_parts(function: Callable[[jax.Array], jax.Array], x_bld: jax.Array) -> ja
   On a CPU what lies between then stays in the cache; elsewhere, and where models are small, all at once.
   """
   count, d = x_bld.shape[0] * x_bld.shape[1], x_bld.shape[2]
-  if jax.default_backend() != "cpu" or d < WIDE or count <= PART or count % PART:
+  if platforms.platform() != "cpu" or d < WIDE or count <= PART or count % PART:
     return function(x_bld)
   return jax.lax.map(function, x_bld.reshape(-1, PART, d)).reshape(*x_bld.shape[:2], -1)
 
@@ -129,7 +130,7 @@ class GroupNorm(nnx.GroupNorm):
 
   def __call__(self, x_bijd: jax.Array) -> jax.Array:
     x_bld = x_bijd.reshape(x_bijd.shape[0], -1, x_bijd.shape[-1]).astype(jnp.float32)
-    own_backward = jax.default_backend() == "cpu" and x_bld.shape[-1] >= WIDE
+    own_backward = platforms.platform() == "cpu" and x_bld.shape[-1] >= WIDE
     normalise = _normalise if own_backward else _normalise.fun
     out_bld = normalise(x_bld, self.num_groups, self.epsilon, self.scale[...]) + self.bias[...]
     return out_bld.reshape(x_bijd.shape).astype(self.dtype)
@@ -279,7 +280,7 @@ def call(function, modules, *arrays, remat: bool):
   if not remat:
     return function(modules, *arrays)
   graphdef, state = nnx.split(modules)
-  checkpoint = _checkpoint if jax.default_backend() == "cpu" else jax.checkpoint
+  checkpoint = _checkpoint if platforms.platform() == "cpu" else jax.checkpoint
   again = checkpoint(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))
   return again(state, *arrays)
 

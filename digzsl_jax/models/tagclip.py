@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digzsl_jax.models import attention as heads
-from digzsl_jax.models import clip
+from digzsl_jax.models import clip, platforms
 from digzsl_jax.models.affinity import Affinity
 from digzsl_jax.models.clip_patches import bilinear, each_layer, inside, into, logits, patch_embeds
 
@@ -243,7 +243,7 @@ def look(model: clip.CLIPModel, images_nijc: jax.Array, masks_nij: jax.Array, bo
   masks_nrs = masks_nij[jnp.arange(len(label_n))[:, None, None], row_nr[:, :, None], column_ns[:, None]]
   seen_nm = jnp.pad(masks_nrs.reshape(len(label_n), -1), ((0, 0), (1, 0)), constant_values=True)
   x_nld = tower.pre_layrnorm(tower.embeddings(crops_nrsc))
-  others = heads.by_heads if jax.default_backend() == "cpu" else heads.whole  # queries of the patches
+  others = heads.by_heads if platforms.platform() == "cpu" else heads.whole  # queries of the patches
   for layer in tower.encoder.layers:
     q_nlhd, k_nlhd, v_nlhd = layer.self_attn.project(layer.layer_norm1(x_nld))
     class_n1hd, _ = heads.attention(q_nlhd[:, :1], k_nlhd, v_nlhd, jnp.where(seen_nm, 0, OUTSIDE)[:, None, None])
