@@ -13,7 +13,7 @@ from digzsl_jax import checkpoint, files
 from digzsl_jax.bench.sizes import Models
 from digzsl_jax.bench.steps import Bench
 
-COMPARE = ("", "torch", "torch_compile")
+COMPARE = ("", "torch", "torch_compile", "torch_batched", "torch_batched_compile")
 WITHOUT = ("tagclip",)  # benches that no peer knows
 NEEDS = ("torch", "diffusers", "transformers")
 # Largest |ours - theirs| / |theirs|, Euclidean norms.
@@ -48,7 +48,7 @@ class Peer:
     """
     models.write(folder, bench.parts)
     checkpoint.write_arrays(folder / "inputs.safetensors", bench.inputs)
-    facts = {"bench": name, "dtype": dtype, "compiled": compare == "torch_compile"}
+    facts = {"bench": name, "dtype": dtype, "compiled": compare.endswith("compile"), "batched": "batched" in compare}
     files.write_json(folder / "facts.json", facts | dict(bench.facts))
     self._process = subprocess.Popen([sys.executable, "-m", "digzsl_jax.bench.reference", str(folder)], text=True,
                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)

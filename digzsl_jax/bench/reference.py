@@ -3,9 +3,11 @@
 A process of its own, which imports nothing of JAX's side: it computes once, leaves the answer, and then computes again
 whenever a line comes in. `tokens` is a port of the loop of Discriminative Class Tokens (arXiv 2303.17155,
 github.com/idansc/discriminative_class_tokens): one class after another, one picture at a time, both halves of the
-guidance differentiated; but the gradient is clipped when it is there, as ours.
+guidance differentiated; but the gradient is clipped when it is there, as ours. Batched, it is what a PyTorch user would
+write for speed: all classes and pictures at once, without gradient where none is needed.
 
-Shapes: b row, k class, l prompt position, d width, i j height and width, c colour, f feature, n row of features.
+Shapes: b row, c learnt class, k class, u one of some, l prompt position, d width, i j height and width, f feature,
+n row of features.
 """
 
 import contextlib
@@ -162,8 +164,8 @@ class Head(torch.nn.Module):
 
 
 def cosine_loss(embeds_bp: torch.Tensor, prototypes_kp: torch.Tensor, labels_b: torch.Tensor,
-                temperature: float) -> torch.Tensor:
-  return F.cross_entropy(F.normalize(embeds_bp, dim=-1) @ prototypes_kp.T / temperature, labels_b)
+                temperature: float, reduction: str = "mean") -> torch.Tensor:
+  return F.cross_entropy(F.normalize(embeds_bp, dim=-1) @ prototypes_kp.T / temperature, labels_b, reduction=reduction)
 
 
 def trained(parameters, objective: Callable[[int], torch.Tensor], facts: dict) -> list[torch.Tensor]:
@@ -217,33 +219,52 @@ def classifier(given: Given) -> Call:
 
 
 def tokens(given: Given) -> Call:
+  """The reference's loop, or where the other side asks for it all classes and pictures in one batch."""
   texts, unet, vae, encoder, facts = Texts(given), given.unet(), given.vae(), Encoder(given), given.facts
-  judge = Head(given).requires_grad_(False)
+  judge, images = Head(given).requires_grad_(False), facts["images"]
   prototypes_kp = torch.from_numpy(given.arrays["prototypes"]).to(DEVICE)
   ids_kl, null_l, noise = given["ids"], given["null"], given.channels_first("noise")
   starts_knd = torch.from_numpy(given.arrays["tokens"]).to(DEVICE)
+  classes_c = given["classes"].long()
 
-  def picture(x: torch.Tensor, ids_1l: torch.Tensor, token_1nd: torch.Tensor) -> torch.Tensor:
-    both_bld = torch.cat([texts(null_l[None]), texts(ids_1l, token_1nd.to(given.dtype))])
+  def pictures(x: torch.Tensor, text_bld: torch.Tensor) -> torch.Tensor:
+    both_bld = torch.cat([texts(null_l[None]).expand(len(x), -1, -1), text_bld])
     x = sampled(unet, x, both_bld, facts, given.scheduler)
     return vae.decode(x / vae.config.scaling_factor).sample.clamp(-1, 1)
 
-  def learn(k: int, noises: torch.Tensor) -> tuple[float, torch.Tensor]:
-    token_1nd = torch.nn.Parameter(starts_knd[k:k + 1].clone())
-    optimiser, losses = torch.optim.AdamW([token_1nd], lr=facts["learning_rate"], weight_decay=0), []
-    for x in noises.split(1):
-      embeds_1p = judge(encoder(picture(x, ids_kl[k:k + 1], token_1nd)))
-      loss = cosine_loss(embeds_1p, prototypes_kp, torch.tensor([k], device=DEVICE), facts["temperature"])
-      (loss / facts["images"]).backward()
-      losses.append(loss.item())
-    torch.nn.utils.clip_grad_norm_([token_1nd], facts["clip_norm"])
+  def update(class_c: torch.Tensor, noises: torch.Tensor, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and gradients of classes, `at_once` pictures at a time."""
+    token_cnd = torch.nn.Parameter(starts_knd[class_c].clone())
+    optimiser, losses = torch.optim.AdamW([token_cnd], lr=facts["learning_rate"], weight_decay=0), []
+    rows_b = torch.arange(len(class_c), device=DEVICE).repeat_interleave(images)
+    for x, row_b in zip(noises.split(at_once), rows_b.split(at_once)):
+      used_u, text_b = row_b.unique(return_inverse=True)  # a prompt is encoded once for its pictures
+      text_bld = texts(ids_kl[class_c[used_u]], token_cnd[used_u].to(given.dtype))[text_b]
+      embeds_bp = judge(encoder(pictures(x, text_bld)))
+      loss_b = cosine_loss(embeds_bp, prototypes_kp, class_c[row_b], facts["temperature"], reduction="none")
+      (loss_b.sum() / images).backward()
+      losses.append(loss_b.detach())
+    norm_c11 = token_cnd.grad.norm(dim=(1, 2), keepdim=True)
+    token_cnd.grad *= (facts["clip_norm"] / (norm_c11 + 1e-6)).clamp(max=1)
     optimiser.step()
-    return sum(losses) / len(losses), token_1nd.grad[0]
+    return torch.cat(losses).view(-1, images).mean(1), token_cnd.grad
 
   def call():
-    made = [learn(int(k), noises) for k, noises in zip(given.arrays["classes"], noise.split(facts["images"]))]
-    return {"loss": torch.tensor([loss for loss, _ in made]), "gradient": torch.stack([grad for _, grad in made])}
+    if facts["batched"]:
+      loss_c, gradient_cnd = update(classes_c, noise, len(noise))
+    else:
+      made = [update(class_c, noises, 1) for class_c, noises in zip(classes_c.split(1), noise.split(images))]
+      loss_c, gradient_cnd = map(torch.cat, zip(*made))
+    return {"loss": loss_c, "gradient": gradient_cnd}
   return call
+
+
+def apart(unet, x, t, both_bld, scale: float) -> torch.Tensor:
+  """`guided`, with gradient through the prompt's half alone: exact through one call."""
+  null_bld, text_bld = both_bld.chunk(2)
+  with torch.no_grad():
+    null = unet(x, t, null_bld).sample
+  return null + scale * (unet(x, t, text_bld).sample - null)
 
 
 def sampled(unet, x: torch.Tensor, both_bld: torch.Tensor, facts: dict, scheduler: Callable) -> torch.Tensor:
@@ -254,7 +275,7 @@ def sampled(unet, x: torch.Tensor, both_bld: torch.Tensor, facts: dict, schedule
   alphas = scheduler.alphas_cumprod.tolist()
   for call, t in enumerate(times):
     with torch.set_grad_enabled(call >= facts["cut"]):
-      output = guided(unet, x, t, both_bld, facts["guidance"])
+      output = (apart if facts["batched"] and call >= facts["cut"] else guided)(unet, x, t, both_bld, facts["guidance"])
       if not walks:
         x = scheduler.step(output, t, x).prev_sample
         continue

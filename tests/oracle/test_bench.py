@@ -24,7 +24,7 @@ from tests import test_bench as small_bench  # noqa: I001
 SMALL = small_bench.smallest()
 
 
-def compared(name, size, folder):
+def compared(name, size, folder, batched=False):
   """The relative error, with the peer in this process."""
   models = sizes.Models(size, "float32")
   timed = steps.BENCHES[name](steps.Place(size, models, mesh.make(1), batch=0, steps=3))
@@ -32,7 +32,8 @@ def compared(name, size, folder):
   ours = timed.answer(call())
   models.write(folder, timed.parts)
   checkpoint.write_arrays(folder / "inputs.safetensors", timed.inputs)
-  files.write_json(folder / "facts.json", dict(timed.facts, bench=name, dtype="float32", compiled=False))
+  facts = dict(timed.facts, bench=name, dtype="float32", compiled=False, batched=batched)
+  files.write_json(folder / "facts.json", facts)
   theirs = reference.BENCHES[name](reference.Given(folder))()
   return peers.agreement(name, ours, {key: reference.to_numpy(value) for key, value in theirs.items()}, "float32")
 
@@ -42,10 +43,11 @@ def test_peers_agree(name, tmp_path):
   assert compared(name, SMALL, tmp_path) <= 1e-4
 
 
+@pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("gradient", ["x0", "last"])
-def test_tokens_agree(gradient, tmp_path):
+def test_tokens_agree(gradient, batched, tmp_path):
   settings = dataclasses.replace(SMALL.tokens, gradient=gradient, remat=gradient == "last")
-  assert compared("tokens", SMALL._replace(tokens=settings, head=("mlp", 6)), tmp_path) <= 1e-4
+  assert compared("tokens", SMALL._replace(tokens=settings, head=("mlp", 6)), tmp_path, batched) <= 1e-4
 
 
 def test_a_peer_in_its_own_process(tmp_path, monkeypatch, capsys):
