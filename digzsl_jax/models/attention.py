@@ -54,10 +54,10 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   return out_blhd.astype(v_bmhd.dtype), weights_bhlm
 
 
-def _scan_blocks(block, carry, queries):
-  """`block(carry, part)` for one part of the leading axis after another; zeros fill the last one."""
+def _scan_blocks(block, carry, queries, most: int):
+  """`block(carry, part)` for one part of the leading axis after another, of `most` or fewer; zeros fill the last."""
   length = len(jax.tree.leaves(queries)[0])
-  count = -(-length // BLOCK)
+  count = -(-length // most)
   size = -(-length // count)
 
   def parts(x):
@@ -67,16 +67,18 @@ def _scan_blocks(block, carry, queries):
   return carry, jax.tree.map(lambda x: x.reshape(count * size, *x.shape[2:])[:length], out)
 
 
-def _in_blocks(block, queries: jax.Array):
+def _in_blocks(block, queries: jax.Array, most: int):
   """`block(part)` of one part after another."""
-  return _scan_blocks(lambda _, part: (None, block(part)), None, queries)[1]
+  return _scan_blocks(lambda _, part: (None, block(part)), None, queries, most)[1]
 
 
 def by_queries(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
-  """One block of queries after another."""
+  """One block of queries after another, small enough that its weights of all rows and heads are not many."""
+  b, _, h, _ = q_blhd.shape
+  most = max(1, min(BLOCK, LARGE // (b * h * k_bmhd.shape[1])))
   block = lambda q_nbhd: jnp.moveaxis(whole(jnp.moveaxis(q_nbhd, 0, 1), k_bmhd, v_bmhd), 1, 0)
   # The way back computes a part's weights again.
-  return jnp.moveaxis(_in_blocks(jax.checkpoint(block), jnp.moveaxis(q_blhd, 1, 0)), 0, 1)
+  return jnp.moveaxis(_in_blocks(jax.checkpoint(block), jnp.moveaxis(q_blhd, 1, 0), most), 0, 1)
 
 
 def by_heads(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array) -> jax.Array:
@@ -110,7 +112,7 @@ def _head(q_ld: jax.Array, k_md: jax.Array, v_md: jax.Array) -> tuple[jax.Array,
     total_n1 = sums_ne[:, d:d + 1]
     return (sums_ne[:, :d] / total_n1).astype(low), largest_n1 * d**-0.5 + jnp.log(total_n1)
 
-  return _in_blocks(block, q_ld)
+  return _in_blocks(block, q_ld, BLOCK)
 
 
 def _head_forward(*qkv: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -133,7 +135,7 @@ def _head_backward(saved: tuple[jax.Array, ...], grad_ld: jax.Array) -> tuple[ja
     return jax.tree.map(jnp.add, sums, new), dot(grad_nm, k_md).astype(q_nd.dtype)
 
   zeros = jnp.zeros((d, len(k_md)))
-  (k_dm, v_dm), q_ld = _scan_blocks(block, (zeros, zeros), (q_ld, grad_ld, log_sums_l1, shares_l1))
+  (k_dm, v_dm), q_ld = _scan_blocks(block, (zeros, zeros), (q_ld, grad_ld, log_sums_l1, shares_l1), BLOCK)
   return q_ld, k_dm.T.astype(low), v_dm.T.astype(low)
 
 
