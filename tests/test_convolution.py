@@ -77,6 +77,8 @@ def test_choice():
   assert named("cpu", jnp.float32, 8, wide) == named("cpu", jnp.bfloat16, 8, wide, False) == "patches"
   assert named("cpu", jnp.float32, 64, (1, 1, 320, 320)) == "patches"
   assert named("cpu", jnp.float32, 64, (3, 3, 320, 4)) == named("cpu", jnp.float32, 64, (3, 3, 88, 88)) == "plain"
+  assert named("cpu", jnp.bfloat16, 32, wide, False) == "patches"
+  assert named("cpu", jnp.bfloat16, 256, wide, False) == "plain"
   assert named("cpu", jnp.float32, 64, wide, False) == named("cpu", jnp.float32, 64, (5, 5, 640, 640)) == "plain"
   assert named("gpu", jnp.bfloat16, 8, wide) == named("tpu", jnp.bfloat16, 32, wide) == "plain"
 

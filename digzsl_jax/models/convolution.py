@@ -42,11 +42,15 @@ def choose(platform: str, dtype, positions: int, size: tuple[int, int], kernel: 
   taps, low = kernel[:2], jnp.dtype(dtype).itemsize < 4
   if platform != "cpu" or taps not in ((1, 1), (3, 3)) or min(kernel[2:]) < (WIDE_LOW if low else WIDE):
     return "plain"
-  if positions <= kernel[3] // 2 or taps == (1, 1) and is_unit:
+  if taps == (1, 1):
+    return "patches" if is_unit else "plain"
+  if positions <= kernel[3] // 2:
     return "patches"
-  if not is_unit or not low and any(side % 2 for side in size):
-    return "plain"
-  return "shifts" if low else "winograd"
+  if not is_unit:
+    return "patches" if low and positions <= 4 * BAND else "plain"
+  if low:
+    return "shifts"
+  return "plain" if any(side % 2 for side in size) else "winograd"
 
 
 def convolve(x_bijc: jax.Array, kernel_uvco: jax.Array, strides, padding, **options) -> jax.Array:
@@ -102,9 +106,15 @@ def by_patches(x_bijc: jax.Array, kernel_uvco: jax.Array, strides: tuple[int, in
     shifted = [x_bijc[:, u:u + len(rows):strides[0], v:v + len(columns):strides[1]] for u, v in np.ndindex(taps)]
     return jnp.concatenate(shifted, -1)
 
+  def moved(x_bijc):
+    if x_bijc.dtype.itemsize > 2:
+      return patches(x_bijc)
+    # As integers: XLA:CPU would make float32 of bfloat16 before it moves it, and bfloat16 again afterwards.
+    return jax.lax.bitcast_convert_type(patches(jax.lax.bitcast_convert_type(x_bijc, jnp.uint16)), x_bijc.dtype)
+
   @jax.custom_vjp
   def way(x_bijc, kernel_uvco):
-    patches_bijp = patches(x_bijc)
+    patches_bijp = moved(x_bijc)
     out_no = dot(patches_bijp.reshape(-1, patches_bijp.shape[-1]), kernel_uvco.reshape(-1, kernel_uvco.shape[-1]))
     return out_no.astype(kernel_uvco.dtype).reshape(*patches_bijp.shape[:3], -1)
 
@@ -112,7 +122,7 @@ def by_patches(x_bijc: jax.Array, kernel_uvco: jax.Array, strides: tuple[int, in
     """Through the same product, so that the kernel is not turned round: it is the larger side here."""
     x_bijc, kernel_uvco = saved
     o = kernel_uvco.shape[-1]
-    grad_no, kernel_po, patches_bijp = grad_bijo.reshape(-1, o), kernel_uvco.reshape(-1, o), patches(x_bijc)
+    grad_no, kernel_po, patches_bijp = grad_bijo.reshape(-1, o), kernel_uvco.reshape(-1, o), moved(x_bijc)
     grad_bijp = dot_back(grad_no, kernel_po).reshape(patches_bijp.shape)
     [to_image] = jax.linear_transpose(patches, x_bijc.astype(jnp.float32))(grad_bijp)
     to_kernel = dot(patches_bijp.reshape(len(grad_no), -1).T, grad_no).reshape(kernel_uvco.shape)
