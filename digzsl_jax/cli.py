@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -16,6 +17,14 @@ def start() -> None:
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/digzsl_jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  jax.monitoring.register_event_duration_secs_listener(_give_back)
+
+
+def _give_back(event: str, seconds: float, **_) -> None:
+  """After a long compilation its memory goes back to the system: glibc would keep gigabytes for a large model."""
+  if event == "/jax/core/compile/backend_compile_duration" and seconds > 2 and sys.platform == "linux":
+    with contextlib.suppress(AttributeError):  # another C library
+      ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -55,19 +55,20 @@ def compare(exchange: pathlib.Path, names: list[str], judged: bool) -> list[dict
     rows.append({"part": name, "largest": max(scales), "error": error, "bound": parts.BOUNDS[name],
                  "agrees": bool(error <= parts.BOUNDS[name]) if judged else None,
                  **{f"{side}_{field}": figures[side][name][field] for side in ("jax", "torch")
-                    for field in ("load", "first", "seconds", "peak")}})
+                    for field in ("load", "first", "first_peak", "seconds", "peak")}})
   return rows
 
 
 def table(rows: list[dict]) -> str:
   """The rows in Markdown."""
-  lines = ["| part | largest | error | bound | | load s | first call s | call s | PyTorch s | peak GiB | PyTorch GiB |",
-           "|---|---|---|---|---|---|---|---|---|---|---|"]
+  lines = ["| part | largest | error | bound | | load s | first call s | GiB | call s | GiB | PyTorch s | GiB |",
+           "|---|---|---|---|---|---|---|---|---|---|---|---|"]
   for row in rows:
     verdict = {True: "agrees", False: "DIFFERS", None: "not judged"}[row["agrees"]]
     lines.append(f"| {row['part']} | {row['largest']:.2g} | {row['error']:.1e} | {row['bound']:.0e} | {verdict} | "
-                 f"{row['jax_load']:.1f} | {row['jax_first']:.1f} | {row['jax_seconds']:.2f} | "
-                 f"{row['torch_seconds']:.2f} | {row['jax_peak']:.1f} | {row['torch_peak']:.1f} |")
+                 f"{row['jax_load']:.1f} | {row['jax_first']:.1f} | {row['jax_first_peak']:.1f} | "
+                 f"{row['jax_seconds']:.2f} | {row['jax_peak']:.1f} | {row['torch_seconds']:.2f} | "
+                 f"{row['torch_peak']:.1f} |")
   return "\n".join(lines)
 
 

@@ -93,16 +93,17 @@ def run(side: str, parts: Iterator[tuple[str, Callable[[], Callable[[], Mapping]
     call = load()
     loaded = time.perf_counter()
     answer = call()
-    seconds, first = [], time.perf_counter() - loaded
+    seconds, first, first_peak = [], time.perf_counter() - loaded, memory.peak()
+    memory.reset()
     for _ in range(repeats):
       again = time.perf_counter()
       call()
       seconds.append(time.perf_counter() - again)
     answers |= {f"{name}/{key}": np.ascontiguousarray(value) for key, value in answer.items()}
     figures[name] = {"load": loaded - began, "first": first, "seconds": min(seconds, default=first),
-                     "peak": memory.peak()}
-    print(f"{side}: {name}: {first:.1f} s the first time, then {figures[name]['seconds']:.2f} s, "
-          f"{figures[name]['peak']:.1f} GiB", flush=True)
+                     "first_peak": first_peak, "peak": memory.peak() if repeats else first_peak}
+    print(f"{side}: {name}: {first:.1f} s and {first_peak:.1f} GiB the first time, then "
+          f"{figures[name]['seconds']:.2f} s, {figures[name]['peak']:.1f} GiB", flush=True)
     del call, answer
   checkpoint.write_arrays(folder / f"{side}.safetensors", answers)
   files.write_json(folder / f"{side}.json", figures)

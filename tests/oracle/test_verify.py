@@ -35,7 +35,7 @@ def sides(monkeypatch):
       off = errors if side == "jax" else {}
       checkpoint.write_arrays(pathlib.Path(exchange) / f"{side}.safetensors",
                               {f"{name}/answer": np.array([0.5, -2.0 + off.get(name, 0)]) for name in names})
-      figures = dict(load=1.0, first=2.0, seconds=1.0, peak=3.0)
+      figures = dict(load=1.0, first=2.0, first_peak=3.0, seconds=1.0, peak=3.0)
       files.write_json(pathlib.Path(exchange) / f"{side}.json", dict.fromkeys(names, figures))
     monkeypatch.setattr(verify, "run_side", run_side)
   return fake
