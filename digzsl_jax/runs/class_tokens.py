@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, files, losses, mesh, processes
+from digzsl_jax import checkpoint, diffusion, files, fsdp, losses, mesh, processes
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import prompts, splits, textual_inversion
 from digzsl_jax.models import cdm, stable_diffusion
@@ -271,7 +271,7 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
       loss_s, hit_s = (x.reshape(-1, settings.images).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
       return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
 
-    grad_snd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cnd)
+    grad_snd, (loss_s, hit_s) = jax.grad(fsdp.lean(loss, devices), has_aux=True)(slots.token_cnd)
     made_s = live(slots)
     return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
 
@@ -419,7 +419,7 @@ class Learner:
   def frozen(self, task: splits.Task) -> Frozen:
     """A task's classes, and the frozen models with its own CDM."""
     frozen = Frozen(self._graphdef_and_params(task.name)[1], task_classes(self.settings, self.ws, task))
-    return mesh.place(frozen, mesh.replicated(self.ws.mesh))
+    return mesh.place_models(frozen, self.ws.mesh)
 
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:

@@ -1,0 +1,149 @@
+"""Weights divided over the mesh: what is divided, equal results, and what it takes of a device's memory."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from digzsl_jax import fsdp, logs, mesh, workspace
+from digzsl_jax.models import cdm, hub, layers, unet
+from digzsl_jax.runs import class_tokens, generate
+
+P = jax.sharding.PartitionSpec
+UNET = dict(sample_size=4, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2, norm_num_groups=8)
+LEAST_MEMORY = {"xla_cpu_enable_concurrency_optimized_scheduler": False}  # the default one does not look at it
+
+
+def collectives(compiled):
+  """How many of each kind are in a program."""
+  found = re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+                     compiled.as_text())
+  return {kind: found.count(kind) for kind in set(found)}
+
+
+class Layers(nnx.Module):
+
+  def __init__(self, rngs):
+    self.linear = layers.linear(6, 5, dtype=jnp.float32, rngs=rngs)
+    self.conv = layers.conv(2, 3, 3, dtype=jnp.float32, rngs=rngs)
+    self.odd = layers.conv(1, 4, 3, dtype=jnp.float32, rngs=rngs)
+    self.words = layers.embedding(8, 4, dtype=jnp.float32, rngs=rngs)
+
+
+def test_rows_of_matrices_are_divided():
+  model, devices = Layers(nnx.Rngs(0)), mesh.make(4, 2)
+  graphdef, params = nnx.split(model)
+  assert {spec for spec in jax.tree.leaves(fsdp.specs(params))} == {P()}
+  placed = mesh.place_models((params, np.arange(6).reshape(2, 3)), devices)
+  shapes = {jax.tree_util.keystr(path, simple=True, separator="."): leaf.addressable_shards[0].data.shape
+            for path, leaf in jax.tree.leaves_with_path(placed[0])}
+  assert shapes == {"conv.bias.value": (3,), "conv.kernel.value": (9, 3), "linear.bias.value": (5,),
+                    "linear.kernel.value": (3, 5), "odd.bias.value": (4,), "odd.kernel.value": (3, 3, 1, 4),
+                    "words.embedding.value": (4, 4)}
+  assert placed[1].sharding.is_fully_replicated
+
+  def weights(placed):
+    model = nnx.merge(graphdef, placed[0])
+    return model.linear.kernel[...], model.conv.kernel[...], model.words.embedding[...], model.odd.kernel[...]
+
+  found = jax.jit(jax.shard_map(weights, mesh=devices, in_specs=(fsdp.specs(placed),), out_specs=P(),
+                                check_vma=False))(placed)
+  for one, kept in zip(found, (model.linear.kernel, model.conv.kernel, model.words.embedding, model.odd.kernel)):
+    np.testing.assert_array_equal(one, kept[...])
+
+
+def test_the_mesh():
+  assert mesh.make(8).axis_names == ("class",) and mesh.by_class(mesh.make(8)).spec == P("class")
+  both = mesh.make(0, 4)
+  assert dict(both.shape) == {"class": 2, "fsdp": 4} and [*both.devices.flat] == jax.devices()
+  rows = jax.device_put(np.arange(16), mesh.by_class(both))
+  assert [shard.data.tolist() for shard in rows.addressable_shards] == np.arange(16).reshape(8, 2).tolist()
+
+
+@pytest.mark.parametrize("devices, wrong", [(0, 3), (6, 4), (0, 0), (4, 8), (0, -2)])
+def test_devices_that_cannot_be_grouped(devices, wrong):
+  with pytest.raises(ValueError, match=rf"config.mesh.fsdp is {wrong}, but .* of the {devices or 8} devices .* \[1, 2"):
+    mesh.make(devices, wrong)
+
+
+def test_hosts_without_a_place_for_weights(monkeypatch):
+  monkeypatch.setattr(jax, "local_devices", lambda backend: jax.devices("none of these"))
+  with fsdp.on_host(mesh.make(8)):
+    pass
+  with pytest.raises(ValueError, match="config.mesh.fsdp loads weights by way of the host.*none of these.*\",cpu\""):
+    fsdp.on_host(mesh.make(8, 2))
+
+
+def made(config, folder, parts):
+  """`tokens, gradient, pixels` of one update and one picture of each class, and the programs."""
+  config.mesh.fsdp = parts
+  config.generate.update(batch=2)
+  ws = workspace.Workspace(config.to_dict(), folder, logs.Log(folder))
+  task, settings = ws.tasks["test"], class_tokens.Settings(**ws.config["tokens"])
+  settings = dataclasses.replace(settings, slots=16, slots_per_body=1)
+  learner = class_tokens.Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
+  frozen, count = learner.frozen(task), len(task.unseen)
+  class_c = np.where(np.arange(16) % 3 == 2, -1, np.arange(16) % count)  # neighbours of idle ones, that gather alike
+  slots = mesh.place(class_tokens.fresh_slots(settings, class_c, ws.token_starts(task)), mesh.by_class(ws.mesh))
+  carry = learner.prefix(frozen, slots)
+  programs = [learner.prefix.lower(frozen, slots).compile(), learner.learn.lower(frozen, slots, carry).compile()]
+  slots, update = learner.learn(frozen, slots, carry)
+  settings = generate.Settings(**ws.config["generate"])
+  paint, shared = generate.prepare(settings, ws)
+  ids_kl, _ = ws.token_prompts(task)
+  labels = np.arange(16) % count
+  rows = mesh.place(generate.Rows(labels, np.arange(16), ids_kl[labels], ws.token_starts(task)[labels]),
+                    mesh.by_class(ws.mesh))
+  programs.append(paint.lower(shared, rows).compile())
+  busy, gradient = class_c >= 0, slots.optimiser[1][0].mu
+  return [np.asarray(leaf) for leaf in (slots.token_cnd, gradient, update.loss_c[busy], paint(shared, rows))], programs
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_divided_weights_make_the_same(tiny_config, tmp_path, parts):
+  (tokens, gradient, loss, pixels), programs = made(tiny_config, tmp_path, 1)
+  assert not any(map(collectives, programs)) and np.abs(gradient).max() > 0
+  found, divided = made(tiny_config, tmp_path, parts)
+  print([np.abs(one - other).max() for one, other in zip((tokens, gradient, loss), found)])
+  # The same weights and rows on every device: what differs is how XLA fuses, so the order of some sums.
+  scale = np.abs(gradient).max()
+  np.testing.assert_allclose(found[1], gradient, rtol=0, atol=1e-5 * scale)
+  np.testing.assert_allclose(found[2], loss, rtol=1e-5)
+  np.testing.assert_allclose(found[0], tokens, rtol=1e-5, atol=1e-6)
+  assert np.abs(found[3].astype(int) - pixels).max() <= 1
+  for one, other in zip(programs, divided):
+    print(collectives(other), logs.memory_and_flops(one), logs.memory_and_flops(other))
+    assert other.memory_analysis().argument_size_in_bytes < 1.3 / parts * one.memory_analysis().argument_size_in_bytes
+
+
+@pytest.mark.parametrize("way", ["calls", "gradient"])
+def test_only_what_a_layer_needs_is_gathered(way):
+  """In a sampler's loop, and on the way back of a gradient: by the compiler's word, nothing is executed."""
+  model = hub.abstract(unet.UNet2DConditionModel, UNET)
+  graphdef, params = nnx.split(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model))
+  memory, whole = {}, 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+  for parts in (1, 4):
+    devices = mesh.make(4, parts)
+
+    def calls(params, x_bhwz, text_bld):
+      denoise = lambda x_bhwz, t: (nnx.merge(graphdef, params)(x_bhwz, t[None], text_bld), None)
+      return jax.lax.scan(denoise, x_bhwz, jnp.arange(3.0))[0]
+
+    def gradient(params, x_bhwz, text_bld, devices=devices):
+      energy = lambda x_bhwz: (nnx.merge(graphdef, params)(x_bhwz, jnp.ones(1), text_bld)**2).sum()
+      return jax.grad(fsdp.lean(energy, devices))(x_bhwz)
+
+    step = mesh.compile_chunked({"calls": calls, "gradient": gradient}[way], lambda params, x_bhwz, _: x_bhwz, devices, 1)
+    rows = jax.device_put((np.zeros((4, 4, 4, 4), np.float32), np.zeros((4, 5, 32), np.float32)), mesh.by_class(devices))
+    compiled = step.lower(mesh.place_models(params, devices), *rows).compile(compiler_options=LEAST_MEMORY)
+    found = compiled.memory_analysis()
+    print(parts, collectives(compiled), whole, found.argument_size_in_bytes, found.temp_size_in_bytes)
+    memory[parts] = found
+  assert memory[4].argument_size_in_bytes < 0.3 * memory[1].argument_size_in_bytes
+  assert memory[4].temp_size_in_bytes < memory[1].temp_size_in_bytes + whole / 4
