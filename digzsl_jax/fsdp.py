@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax import ad_checkpoint
 
 AXIS = "fsdp"
-GATHERED = "gathered"  # what `lean` knows whole weights by
+# `lean` does these again: gathers, and what layers do to weights before they compute with them, at hardly any cost.
+AGAIN = {"all_gather", "reshape", "squeeze", "slice", "split", "transpose", "rev", "convert_element_type"}
 # Weights are the same in every round of a sampler's loop: XLA would gather all of them before it and keep them.
 OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
@@ -30,8 +30,7 @@ class Divided(nnx.Param):
   """
 
   def get_value(self, **index) -> jax.Array:
-    whole = jax.lax.all_gather(self.get_raw_value(), AXIS, tiled=True).reshape(self.whole)
-    return ad_checkpoint.checkpoint_name(whole, GATHERED)[index.get("index", ...)]
+    return jax.lax.all_gather(self.get_raw_value(), AXIS, tiled=True).reshape(self.whole)[index.get("index", ...)]
 
 
 def divide(tree: Any, parts: int) -> Any:
@@ -74,7 +73,7 @@ def lean(function: Callable, devices: jax.sharding.Mesh) -> Callable:
   """`function`, whose gradient gathers weights again on its way back in place of keeping all of them."""
   if AXIS not in devices.axis_names:
     return function
-  return jax.checkpoint(function, policy=jax.checkpoint_policies.save_anything_except_these_names(GATHERED))
+  return jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name not in AGAIN)
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -253,11 +253,13 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
   """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
   rows = functools.partial(jnp.repeat, repeats=settings.images, axis=0)
   tx = optimiser(settings)
+  # Of divided weights one call for both halves: between two, XLA would keep all that the first has gathered.
+  walk = dataclasses.replace(settings, stop_unconditional=False) if fsdp.AXIS in devices.axis_names else settings
 
   def prefix(frozen, slots):
     sd = nnx.merge(graphdef, frozen.params).sd
     x_bhwz = noise(settings, seed, frozen.classes, slots, sd.latent_shape)
-    denoise = denoiser(settings, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cnd))
+    denoise = denoiser(walk, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cnd))
     return path.sampler.run(denoise, path.sampler.start(x_bhwz), 0, path.cut)
 
   def learn(frozen, slots, carry):
