@@ -9,7 +9,6 @@ Shapes: r row of a matrix, all its axes but the last; o output.
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,8 +16,6 @@ import numpy as np
 from flax import nnx
 
 AXIS = "fsdp"
-# `lean` does these again: gathers, and what layers do to weights before they compute with them, at hardly any cost.
-AGAIN = {"all_gather", "reshape", "squeeze", "slice", "split", "transpose", "rev", "convert_element_type"}
 # Weights are the same in every round of a sampler's loop: XLA would gather all of them before it and keep them.
 OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
@@ -67,13 +64,6 @@ def on_host(devices: jax.sharding.Mesh) -> contextlib.AbstractContextManager:
   except RuntimeError as error:
     raise ValueError(f"config.mesh.fsdp loads weights by way of the host, which JAX_PLATFORMS leaves out ({error}); "
                      "unset it or add \",cpu\"") from error
-
-
-def lean(function: Callable, devices: jax.sharding.Mesh) -> Callable:
-  """`function`, whose gradient gathers weights again on its way back in place of keeping all of them."""
-  if AXIS not in devices.axis_names:
-    return function
-  return jax.checkpoint(function, policy=lambda primitive, *_, **__: primitive.name not in AGAIN)
 
 
 def _is_variable(leaf: Any) -> bool:

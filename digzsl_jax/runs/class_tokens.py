@@ -251,8 +251,7 @@ class Frozen(NamedTuple):
 
 def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh):
   """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
-  rows = functools.partial(jnp.repeat, repeats=settings.images, axis=0)
-  tx = optimiser(settings)
+  rows, tx = functools.partial(jnp.repeat, repeats=settings.images, axis=0), optimiser(settings)
   # Of divided weights one call for both halves: between two, XLA would keep all that the first has gathered.
   walk = dataclasses.replace(settings, stop_unconditional=False) if fsdp.AXIS in devices.axis_names else settings
 
@@ -273,9 +272,8 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
       loss_s, hit_s = (x.reshape(-1, settings.images).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
       return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
 
-    grad_snd, (loss_s, hit_s) = jax.grad(fsdp.lean(loss, devices), has_aux=True)(slots.token_cnd)
-    made_s = live(slots)
-    return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
+    grad_snd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cnd)
+    return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(live(slots), loss_s, hit_s)
 
   def no_images(frozen, slots):
     rows = slots.class_c.shape[0] * settings.images
