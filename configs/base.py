@@ -54,7 +54,7 @@ def dig_zsl() -> config_dict.ConfigDict:
       models=dict(clip="embedded:scenes/clip", sd="embedded:scenes/sd", vae="",
                   judge="embedded:scenes/judge", dtype="float32", prototypes="text",
                   prototype_template="a photo of a {name}"),
-      mesh=dict(devices=0),
+      mesh=dict(devices=0, fsdp=1),  # devices that share one copy of the weights: docs/scaling.md
       cdm=dict(encoder="clip", kind="residual", hidden=256, temperature=0.05, steps=600, batch=256,
                learning_rate=1e-3, weight_decay=0.0, cache="~/.cache/digzsl_jax/features"),
       tokens=dict(

@@ -100,7 +100,7 @@ class BaseWorkspace:
   mesh: jax.sharding.Mesh = dataclasses.field(init=False)
 
   def __post_init__(self):
-    self.mesh = mesh.make(self.config["mesh"]["devices"])
+    self.mesh = mesh.make(**self.config["mesh"])
 
   def stage(self, name: str, needs: tuple[str, ...], models: tuple[str, ...]) -> checkpoint.Stage:
     """The folder of stage `name`, fingerprinted by its section, seed, images, checkpoints and needed stages."""

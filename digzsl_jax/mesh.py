@@ -1,6 +1,7 @@
-"""The device mesh. Class is batch: one axis, `class`, over which rows of classes are sharded.
+"""The device mesh. Class is batch: rows of classes are sharded over all devices.
 
-It spans all devices of all processes, those of a process side by side.
+It spans those of all processes, side by side. Its one axis is `class`; where weights are divided (`fsdp.py`) there is
+a second one, of the neighbours that share them. Rows are sharded over both: each device has its own in either case.
 """
 
 import functools
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from digzsl_jax import fsdp as weights
 
 AXIS = "class"
 CPU_DEVICES = 2
@@ -27,11 +30,15 @@ def divide_cpu() -> None:
     jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 
 
-def make(devices: int) -> jax.sharding.Mesh:
+def make(devices: int, fsdp: int = 1) -> jax.sharding.Mesh:
   """A mesh of the first `devices` devices, 0 for all; of several processes each gives as many.
 
+  Args:
+    devices: their number.
+    fsdp: neighbours that divide the weights of the frozen models among them, 1 for whole weights on every device.
+
   Raises:
-    ValueError: there are fewer devices, or processes would give different numbers.
+    ValueError: there are fewer devices, processes would give different numbers, or `fsdp` does not divide them.
   """
   found, hosts = jax.devices(), jax.process_count()
   if not 0 <= devices <= len(found):
@@ -42,14 +49,18 @@ def make(devices: int) -> jax.sharding.Mesh:
     raise ValueError(f"config.mesh.devices is {devices}, but {hosts} processes with {[*map(len, of_host)]} devices "
                      "have to give equally many; use a multiple of their number, or 0 where they have equally many")
   found = [device for own in of_host for device in own[:devices // hosts or None]]
+  if fsdp not in (fits := [n for n in range(1, len(found) + 1) if len(found) % n == 0]):
+    raise ValueError(f"config.mesh.fsdp is {fsdp}, but weights are divided among groups of as many of the "
+                     f"{len(found)} devices of the mesh: use one of {fits}, 1 for whole weights on every device")
+  axes = (AXIS, weights.AXIS) if fsdp > 1 else (AXIS,)
   # Auto: the compiler propagates shardings; `jax.make_mesh` would now default to Explicit.
-  return jax.sharding.Mesh(np.array(found), (AXIS,),
-                           axis_types=(jax.sharding.AxisType.Auto,))
+  return jax.sharding.Mesh(np.array(found).reshape(-1, *[fsdp] * (fsdp > 1)), axes,
+                           axis_types=(jax.sharding.AxisType.Auto,) * len(axes))
 
 
 def by_class(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Leading axis sharded over the classes."""
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+  """Leading axis sharded over all devices."""
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
@@ -57,16 +68,26 @@ def replicated(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def place(tree: Any, sharding: jax.sharding.NamedSharding) -> Any:
-  """Arrays that every process has whole, over the devices of `sharding`; each process hands its own ones their part."""
-  if sharding.is_fully_addressable:
+def place(tree: Any, sharding: Any) -> Any:
+  """Arrays that every process has whole, over the devices of `sharding`; each process hands its own ones their part.
+
+  `sharding` is one for all, or a tree with one for every array.
+  """
+  if all(one.is_fully_addressable for one in jax.tree.leaves(sharding)):
     return jax.device_put(tree, sharding)
 
-  def one(leaf):
+  def one(leaf, sharding):
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda part: whole[part])
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(one, tree, jax.tree.broadcast(sharding, tree))
+
+
+def place_models(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """What all rows share, for `compile_chunked`: whole on every device, but for weights that the mesh divides."""
+  if weights.AXIS in mesh.axis_names:
+    tree = weights.divide(tree, mesh.shape[weights.AXIS])
+  return place(tree, jax.tree.map(lambda spec: jax.sharding.NamedSharding(mesh, spec), weights.specs(tree)))
 
 
 def fetch(tree: Any) -> Any:
@@ -89,7 +110,7 @@ def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Me
 
   Args:
     function: `(common, *rows) -> outputs`; every leaf of rows and outputs leads with the sharded axis,
-      of `size` entries or a multiple of it.
+      of `size` entries or a multiple of it. `common` comes out of `place_models` or is replicated.
     idle: as `function`, at no cost: the outputs of a chunk that has nothing to do.
     devices: the mesh.
     size: entries of the first leaf of `rows` that one call of `function` sees.
@@ -107,14 +128,18 @@ def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Me
 
     def body(chunk):
       number, rows = chunk
-      return jax.lax.cond((number < count) & busy(*rows), function, idle, common, *rows)
+      wanted = (number < count) & busy(*rows)
+      if weights.AXIS in devices.axis_names:  # those that gather weights together go the same way
+        wanted = jax.lax.pmax(wanted.astype(jnp.int32), weights.AXIS) > 0
+      return jax.lax.cond(wanted, function, idle, common, *rows)
 
     join = lambda leaf: leaf[:count].reshape(count * leaf.shape[1], *leaf.shape[2:])
     return jax.tree.map(join, jax.lax.map(body, (jnp.arange(count + 1), chunks)))
 
   def sharded(common, *rows):
-    specs = (jax.sharding.PartitionSpec(), *[jax.sharding.PartitionSpec(AXIS)] * len(rows))
-    return jax.shard_map(per_device, mesh=devices, in_specs=specs, out_specs=specs[1], check_vma=False)(common, *rows)
+    own = by_class(devices).spec
+    return jax.shard_map(per_device, mesh=devices, in_specs=(weights.specs(common), *[own] * len(rows)), out_specs=own,
+                         check_vma=False)(common, *rows)
 
   sharded.__name__ = function.__name__  # what logs and profiles call it
-  return jax.jit(sharded)
+  return jax.jit(sharded, compiler_options=weights.OPTIONS if weights.AXIS in devices.axis_names else None)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, features, losses
+from digzsl_jax import checkpoint, diffusion, features, fsdp, losses
 from digzsl_jax.base_workspace import BATCH, LAYOUTS, BaseWorkspace, check, parse
 from digzsl_jax.data import datasets, feature_files, pictures, prompts, splits, textual_inversion, tokenizer
 from digzsl_jax.models import cdm, download, hub, inception, judge, layers, stable_diffusion
@@ -135,8 +135,9 @@ class Workspace(BaseWorkspace):
         learnt vectors.
     """
     paths = self.model_paths
-    sd = stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype,
-                               remat=self.config["tokens"]["remat"])
+    with fsdp.on_host(self.mesh):
+      sd = stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype,
+                                 remat=self.config["tokens"]["remat"])
     rows, known = sd.text_encoder.embeddings.token_embedding.num_embeddings, self.sd_tokenizer.vocab_size
     if rows != known:
       raise ValueError(f"config.models.sd: the tokenizer of {self.models.sd} has {known} tokens, but the text encoder "

@@ -16,8 +16,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "segmentation_metrics", "optimisers", "quality", "shortcuts"}
-TOOLS = {"processes", "mesh", "checkpoint", "logs", "mask_files", "report_page", "report_parts", "report_quality",
-         "files", "cli"}
+TOOLS = {"processes", "mesh", "fsdp", "checkpoint", "logs", "mask_files", "report_page", "report_parts",
+         "report_quality", "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
     "__init__": set(),
@@ -64,7 +64,9 @@ MAY_IMPORT = {
     "quality": set(),
     "resize": set(),
     "data": {"data", "files", "resize"},
-    **{tool: {"files", "processes"} - {tool} for tool in TOOLS},
+    **{tool: {"files", "processes"} - {tool} for tool in TOOLS - {"mesh", "fsdp"}},
+    "mesh": {"fsdp"},
+    "fsdp": set(),
     "report_quality": {"report_page"},
     "report_parts": {"report_page"},
 }

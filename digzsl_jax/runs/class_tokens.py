@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, files, losses, mesh, processes
+from digzsl_jax import checkpoint, diffusion, files, fsdp, losses, mesh, processes
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import prompts, splits, textual_inversion
 from digzsl_jax.models import cdm, stable_diffusion
@@ -251,13 +251,14 @@ class Frozen(NamedTuple):
 
 def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh):
   """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
-  rows = functools.partial(jnp.repeat, repeats=settings.images, axis=0)
-  tx = optimiser(settings)
+  rows, tx = functools.partial(jnp.repeat, repeats=settings.images, axis=0), optimiser(settings)
+  # Of divided weights one call for both halves: between two, XLA would keep all that the first has gathered.
+  walk = dataclasses.replace(settings, stop_unconditional=False) if fsdp.AXIS in devices.axis_names else settings
 
   def prefix(frozen, slots):
     sd = nnx.merge(graphdef, frozen.params).sd
     x_bhwz = noise(settings, seed, frozen.classes, slots, sd.latent_shape)
-    denoise = denoiser(settings, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cnd))
+    denoise = denoiser(walk, sd, frozen.classes, rows(slots.class_c), rows(slots.token_cnd))
     return path.sampler.run(denoise, path.sampler.start(x_bhwz), 0, path.cut)
 
   def learn(frozen, slots, carry):
@@ -272,8 +273,7 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
       return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
 
     grad_snd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cnd)
-    made_s = live(slots)
-    return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(made_s, loss_s, hit_s)
+    return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(live(slots), loss_s, hit_s)
 
   def no_images(frozen, slots):
     rows = slots.class_c.shape[0] * settings.images
@@ -419,7 +419,7 @@ class Learner:
   def frozen(self, task: splits.Task) -> Frozen:
     """A task's classes, and the frozen models with its own CDM."""
     frozen = Frozen(self._graphdef_and_params(task.name)[1], task_classes(self.settings, self.ws, task))
-    return mesh.place(frozen, mesh.replicated(self.ws.mesh))
+    return mesh.place_models(frozen, self.ws.mesh)
 
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:

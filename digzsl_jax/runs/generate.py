@@ -165,7 +165,7 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
 def prepare(settings: Settings, ws: Workspace):
   """The compiled sampler and what it reads."""
   graphdef, params = nnx.split(ws.sd)
-  frozen = mesh.place((params, jnp.asarray(ws.sd_tokenizer([""])[0])), mesh.replicated(ws.mesh))
+  frozen = mesh.place_models((params, jnp.asarray(ws.sd_tokenizer([""])[0])), ws.mesh)
   return compile_sampler(settings, ws.seed, plan(settings, ws), graphdef, ws.mesh), frozen
 
 
