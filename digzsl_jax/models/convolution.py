@@ -18,8 +18,7 @@ import numpy as np
 from digzsl_jax.models import platforms
 from digzsl_jax.models.products import dot
 
-WIDE = 256  # channels on both sides from which float32 gains; the ways below were not measured on fewer
-WIDE_LOW = 128  # the same in 16 bits
+WIDE = 256  # channels on both sides from which products gain; 128 do not
 BAND = 1024  # positions worked on at a time: what lies between products stays in the cache, and memory small
 PADDING = ((1, 1), (1, 1))  # that leaves the size of an image as it is
 
@@ -40,7 +39,7 @@ def choose(platform: str, dtype, positions: int, size: tuple[int, int], kernel: 
     "plain", "patches", "shifts" or "winograd".
   """
   taps, low = kernel[:2], jnp.dtype(dtype).itemsize < 4
-  if platform != "cpu" or taps not in ((1, 1), (3, 3)) or min(kernel[2:]) < (WIDE_LOW if low else WIDE):
+  if platform != "cpu" or taps not in ((1, 1), (3, 3)) or min(kernel[2:]) < WIDE:
     return "plain"
   if taps == (1, 1):
     return "patches" if is_unit else "plain"
