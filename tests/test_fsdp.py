@@ -159,13 +159,14 @@ def test_two_processes_divide_weights_within_them_and_between_them(tiny_world, t
     command = main(tiny_world, tmp_path / name, stages="cdm,tokens,generate", **{"mesh.fsdp": parts})
     for status, said in ends(start(command, count=count, devices=4 // count), 300):
       assert status == 0, said
-    found[name] = checkpoint.read_arrays(tmp_path / name / "tokens" / "learned_embeds.safetensors"), {
-        path.relative_to(tmp_path / name): images.read_png(path).astype(int) for path in (tmp_path / name).rglob("*.png")}
+    folder = tmp_path / name
+    found[name] = checkpoint.read_arrays(folder / "tokens" / "learned_embeds.safetensors"), {
+        path.relative_to(folder): images.read_png(path).astype(int) for path in folder.rglob("*.png")}
   tokens, pictures = found.pop("whole")
   for name, (others, painted) in found.items():
     print(name, max(np.abs(others[key] - token).max() for key, token in tokens.items()),
           max(np.abs(painted[path] - pixels).max() for path, pixels in pictures.items()))
     assert painted.keys() == pictures.keys() and others.keys() == tokens.keys()
     for key, token in tokens.items():
-      np.testing.assert_allclose(others[key], token, atol=1e-3)  # of four steps of 0.03 of AdamW: see above
+      np.testing.assert_allclose(others[key], token, atol=1e-4)  # beside four steps of 0.03 of AdamW
     assert max(np.abs(painted[path] - pixels).max() for path, pixels in pictures.items()) <= 1
