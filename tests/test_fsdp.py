@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from digzsl_jax import fsdp, logs, mesh, workspace
+from digzsl_jax import checkpoint, fsdp, logs, mesh, workspace
+from digzsl_jax.data import images
 from digzsl_jax.models import cdm, layers
 from digzsl_jax.runs import class_tokens, generate
+from tests.test_processes import ends, main, start
 
 P = jax.sharding.PartitionSpec
 
@@ -147,3 +149,24 @@ def test_weights_are_gathered_where_they_are_read():
   assert gathering.count(" all-gather(") == 16 and " while(" not in gathering  # nor where the loop itself stands
   whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
   assert compiled.memory_analysis().argument_size_in_bytes < whole / 3.8
+
+
+@pytest.mark.slow
+def test_two_processes_divide_weights_within_them_and_between_them(tiny_world, tmp_path):
+  """2 x 2 devices against one process with whole weights: tokens but for last bits, images but for 1 of 255."""
+  found = {}
+  for name, count, parts in (("whole", 1, 1), ("within", 2, 2), ("between", 2, 4)):
+    command = main(tiny_world, tmp_path / name, stages="cdm,tokens,generate", **{"mesh.fsdp": parts})
+    for status, said in ends(start(command, count=count, devices=4 // count), 300):
+      assert status == 0, said
+    folder = tmp_path / name
+    found[name] = checkpoint.read_arrays(folder / "tokens" / "learned_embeds.safetensors"), {
+        path.relative_to(folder): images.read_png(path).astype(int) for path in folder.rglob("*.png")}
+  tokens, pictures = found.pop("whole")
+  for name, (others, painted) in found.items():
+    print(name, max(np.abs(others[key] - token).max() for key, token in tokens.items()),
+          max(np.abs(painted[path] - pixels).max() for path, pixels in pictures.items()))
+    assert painted.keys() == pictures.keys() and others.keys() == tokens.keys()
+    for key, token in tokens.items():
+      np.testing.assert_allclose(others[key], token, atol=1e-4)  # beside four steps of 0.03 of AdamW
+    assert max(np.abs(painted[path] - pixels).max() for path, pixels in pictures.items()) <= 1
