@@ -48,8 +48,8 @@ def test_tokens_on_meshes(tiny_config, tmp_path, monkeypatch, caplog):
   jit, usual = jax.jit, {"xla_backend_optimization_level": 3}
   if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
     usual["xla_cpu_use_fusion_emitters"] = True
-  monkeypatch.setattr(jax, "jit", lambda function, **options: jit(function, **options, compiler_options=(
-      usual if function.__name__ in STEPS else None)))  # the steps as when not testing
+  monkeypatch.setattr(jax, "jit", lambda function, **options: jit(function, **options | (
+      {"compiler_options": usual} if function.__name__ in STEPS else {})))  # the steps as when not testing
   for devices in (1, 2, 4, 8):
     tiny_config.mesh.devices = devices
     if devices > 1:  # the CDM is trained on one device, whatever the mesh
