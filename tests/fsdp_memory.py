@@ -1,6 +1,6 @@
 """What the CPU's compiler says a device needs for Stable Diffusion 1.5 with its weights divided among so many devices.
 
-`python tests/fsdp_memory.py 1 2 4`: a line for each step and number. Nothing is executed, and weights take no memory.
+`python -m tests.fsdp_memory 1 2 4`: a line for each step and number. Nothing is executed, and weights take no memory.
 """
 
 import os
