@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digzsl_jax.models import platforms
-from digzsl_jax.models.products import dot
+from digzsl_jax.models.products import dot, dot_back
 
 WIDE = 256  # channels on both sides from which products gain; 128 do not
 BAND = 1024  # positions worked on at a time: what lies between products stays in the cache, and memory small
@@ -88,11 +88,6 @@ def plain(x_bijc: jax.Array, kernel: jax.Array, strides, padding, **options) -> 
 
   unit.defvjp(lambda x_bijc, kernel: (unit(x_bijc, kernel), (x_bijc, kernel)), backward)
   return unit(x_bijc, kernel)
-
-
-def dot_back(x_no: jax.Array, y_co: jax.Array) -> jax.Array:
-  """`dot` with the second matrix transposed as it lies."""
-  return jax.lax.dot_general(x_no, y_co, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def by_patches(x_bijc: jax.Array, kernel_uvco: jax.Array, strides: tuple[int, int], padding) -> jax.Array:

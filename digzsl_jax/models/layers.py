@@ -17,7 +17,6 @@ and outputs of a product, n everything else.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -130,8 +129,7 @@ class GroupNorm(nnx.GroupNorm):
 
   def __call__(self, x_bijd: jax.Array) -> jax.Array:
     x_bld = x_bijd.reshape(x_bijd.shape[0], -1, x_bijd.shape[-1]).astype(jnp.float32)
-    own_backward = platforms.platform() == "cpu" and x_bld.shape[-1] >= WIDE
-    normalise = _normalise if own_backward else _normalise.fun
+    normalise = _normalise_by_products if platforms.platform() == "cpu" and x_bld.shape[-1] >= WIDE else _normalise
     out_bld = normalise(x_bld, self.num_groups, self.epsilon, self.scale[...]) + self.bias[...]
     return out_bld.reshape(x_bijd.shape).astype(self.dtype)
 
@@ -143,11 +141,15 @@ def _group_mean(x_bld: jax.Array, groups: int) -> jax.Array:
   return jnp.repeat(means_bg, d // groups, axis=-1)[:, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _normalise(x_bld: jax.Array, groups: int, epsilon: float, scale_d: jax.Array) -> jax.Array:
+def _statistics(x_bld: jax.Array, groups: int, epsilon: float) -> tuple[jax.Array, jax.Array]:
+  """What is left of `x_bld` without its mean, and one over its standard deviation, `[b, 1, d]`."""
   centred_bld = x_bld - _group_mean(x_bld, groups)
   # Two passes: the one-pass variance loses digits that PyTorch keeps and breaks parity at 1e-5.
-  deviation_b1d = jax.lax.rsqrt(_group_mean(centred_bld**2, groups) + epsilon)
+  return centred_bld, jax.lax.rsqrt(_group_mean(centred_bld**2, groups) + epsilon)
+
+
+def _normalise(x_bld: jax.Array, groups: int, epsilon: float, scale_d: jax.Array) -> jax.Array:
+  centred_bld, deviation_b1d = _statistics(x_bld, groups, epsilon)
   return centred_bld * (deviation_b1d * scale_d)
 
 
@@ -161,15 +163,15 @@ def _normalise_backward(groups, epsilon, saved, grad_bld):
   b, positions, d = x_bld.shape
   rows_bn = jnp.repeat(jnp.eye(b), positions, axis=1)
   mean = lambda sums_bd: jnp.repeat(sums_bd.reshape(b, groups, -1).mean(-1) / positions, d // groups, axis=-1)[:, None]
-  centred_bld = x_bld - _group_mean(x_bld, groups)
-  deviation_b1d = jax.lax.rsqrt(_group_mean(centred_bld**2, groups) + epsilon)
+  centred_bld, deviation_b1d = _statistics(x_bld, groups, epsilon)
   normed_bld, scaled_bld = centred_bld * deviation_b1d, grad_bld * scale_d
   grads_bd, products_bd = (dot(rows_bn, x_bld.reshape(-1, d)) for x_bld in (scaled_bld, grad_bld * normed_bld))
   back_bld = scaled_bld - mean(grads_bd) - normed_bld * mean(products_bd * scale_d)
   return back_bld * deviation_b1d, products_bd.sum(0)
 
 
-_normalise.defvjp(_normalise_forward, _normalise_backward)
+_normalise_by_products = jax.custom_vjp(_normalise, nondiff_argnums=(1, 2))
+_normalise_by_products.defvjp(_normalise_forward, _normalise_backward)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, *, dtype, rngs: nnx.Rngs) -> GroupNorm:

@@ -1,6 +1,6 @@
 """Products of matrices with float32 sums.
 
-Shapes: n rows, x y inputs and outputs.
+Shapes: n rows, x y inputs and outputs, c o the same of a kernel.
 """
 
 import jax
@@ -12,9 +12,13 @@ def dot(x: jax.Array, y: jax.Array) -> jax.Array:
   return jax.lax.dot(x, y, preferred_element_type=jnp.float32)
 
 
+def dot_back(x_no: jax.Array, y_co: jax.Array) -> jax.Array:
+  """`dot` with the second matrix transposed as it lies."""
+  return jax.lax.dot_general(x_no, y_co, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
 def product(inputs_nx: jax.Array, kernel_xy: jax.Array) -> jax.Array:
-  """`inputs @ kernel` in the kernel's type with float32 sums, and so are its gradients.
-  """
+  """`inputs @ kernel` in the kernel's type with float32 sums, and so are its gradients."""
   low = lambda x: x.astype(kernel_xy.dtype)
   if kernel_xy.dtype == jnp.float32:
     return dot(low(inputs_nx), kernel_xy)
