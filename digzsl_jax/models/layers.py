@@ -83,12 +83,13 @@ def linear(inputs: int, outputs: int, *, bias: bool = True, kernel_init=LECUN, b
 def in_parts(function: Callable[[jax.Array], jax.Array], x_bld: jax.Array) -> jax.Array:
   """`function`, which makes many numbers of every position by itself, of some positions after another.
 
-  On a CPU what lies between then stays in the cache; elsewhere, and where models are small, all at once.
+  On a CPU what lies between then stays in the cache, and is computed again on the way back: kept, it would be memory
+  that XLA takes for the whole program. Elsewhere, and where models are small, all at once.
   """
   count, d = x_bld.shape[0] * x_bld.shape[1], x_bld.shape[2]
   if platforms.platform() != "cpu" or d < WIDE or count <= PART or count % PART:
     return function(x_bld)
-  return jax.lax.map(function, x_bld.reshape(-1, PART, d)).reshape(*x_bld.shape[:2], -1)
+  return jax.lax.map(jax.checkpoint(function), x_bld.reshape(-1, PART, d)).reshape(*x_bld.shape[:2], -1)
 
 
 class Conv(nnx.Conv):
