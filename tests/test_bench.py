@@ -46,7 +46,7 @@ def small(monkeypatch):
 
 
 def place(size, **changes):
-  return steps.Place(**dict(size=size, models=sizes.Models(size, "float32"), devices=mesh.make(1), batch=0,
+  return sizes.Place(**dict(size=size, models=sizes.Models(size, "float32"), devices=mesh.make(1), batch=0,
                             steps=2) | changes)
 
 

@@ -3,7 +3,6 @@
 Shapes as of `steps.py`.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import diffusion, mesh
-from digzsl_jax.bench.sizes import Models, Size
+from digzsl_jax.bench.sizes import Place
 from digzsl_jax.bench.steps import SEED, SOURCES
 from digzsl_jax.models import cdm
 from digzsl_jax.models.classifier import Classifier
@@ -33,24 +32,6 @@ class Program(NamedTuple):
   lower: Callable[[], jax.stages.Lowered]
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """What programs are made for.
-
-  Attributes:
-    models: of `size`, without weights.
-    batch: of a device: classes for tokens, else images; 0 for the size's own.
-  """
-
-  size: Size
-  models: Models
-  devices: jax.sharding.Mesh
-  batch: int
-
-  def batch_of(self, name: str) -> int:
-    return self.batch or self.size.batch[name]
-
-
 def placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
   """Shapes and types of `tree`, over the devices of `sharding`."""
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
@@ -61,10 +42,9 @@ def array(*shape: int, dtype=np.float32) -> jax.ShapeDtypeStruct:
 
 
 def tokens(place: Place) -> list[Program]:
-  """`prefix` and `learn`, `batch` classes in a compiled body."""
+  """`prefix` and `learn`, a device's classes in one compiled body."""
   size, sd, devices, count = place.size, place.models.sd, place.devices, place.size.classes[0]
-  batch = place.batch_of("tokens")
-  settings = dataclasses.replace(size.tokens, slots=batch * devices.size, slots_per_body=batch)
+  settings = place.tokens()
   graphdef, params = nnx.split(class_tokens.Guide(sd, cdm.CDM(place.models.encoder, place.models.head())))
   path = class_tokens.gradient_path(settings, place.models.schedule())
   classes = class_tokens.Classes(
@@ -75,15 +55,15 @@ def tokens(place: Place) -> list[Program]:
   frozen = placed(class_tokens.Frozen(params, classes), mesh.replicated(devices))
   prefix, learn = class_tokens.compile_steps(settings, SEED, path, graphdef, devices)
   carry = lambda: placed(jax.eval_shape(prefix, frozen, slots), mesh.by_class(devices))
-  images = batch * settings.images
+  images = settings.slots_per_body * settings.images
   return [Program("prefix", images, lambda: prefix.lower(frozen, slots)),
           Program("learn", images, lambda: learn.lower(frozen, slots, carry()))]
 
 
 def generated(place: Place) -> list[Program]:
   """From prompts to pixels."""
-  size, sd, batch = place.size, place.models.sd, place.batch_of("generate")
-  settings, count = dataclasses.replace(size.generate, batch=batch), batch * place.devices.size
+  size, sd, settings = place.size, place.models.sd, place.generate()
+  count = settings.batch * place.devices.size
   sampler = diffusion.make_sampler(place.models.schedule(), settings.steps, settings.sampler)
   graphdef, params = nnx.split(sd)
   number = array(count, dtype=np.int32)
@@ -91,7 +71,7 @@ def generated(place: Place) -> list[Program]:
                               array(count, 1, sd.text_width)), mesh.by_class(place.devices))
   frozen = placed((params, array(size.length, dtype=np.int32)), mesh.replicated(place.devices))
   sample = generate.compile_sampler(settings, SEED, sampler, graphdef, place.devices)
-  return [Program("sample", batch, lambda: sample.lower(frozen, rows))]
+  return [Program("sample", settings.batch, lambda: sample.lower(frozen, rows))]
 
 
 def features(place: Place) -> list[Program]:

@@ -17,7 +17,8 @@ import jax
 from digzsl_jax import checkpoint, logs, mesh
 from digzsl_jax.base_workspace import check, parse
 from digzsl_jax.bench import measure, peers, sizes
-from digzsl_jax.bench.steps import BENCHES, Bench, Place
+from digzsl_jax.bench.sizes import Place
+from digzsl_jax.bench.steps import BENCHES, Bench
 from digzsl_jax.models import layers
 from digzsl_jax.verify.parts import Memory
 

@@ -18,7 +18,7 @@ def main() -> None:
   if spec["precision"]:
     jax.config.update("jax_default_matmul_precision", spec["precision"])
   size = sizes.SIZES[spec["size"]]()
-  place = steps.Place(size, sizes.Models(size, spec["dtype"]), mesh.make(spec["devices"]), spec["batch"], spec["steps"])
+  place = sizes.Place(size, sizes.Models(size, spec["dtype"]), mesh.make(spec["devices"]), spec["batch"], spec["steps"])
   _, _, first = measure.first_call(steps.BENCHES[spec["bench"]](place))
   print(json.dumps(first._asdict()), flush=True)
 

@@ -4,6 +4,7 @@
 "sd21" have those of the hub and of the papers' benchmarks (`configs/base.py`), with CLIP ViT-B/16.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -188,3 +189,32 @@ class Models:
         hub.save(part, folder / name, dict(config), dtype=np.float32, file_name=file)
     if "clip" in parts:
       hub.save(self.clip, folder / "clip", dict(self.size.clip), dtype=np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """What a step is built for.
+
+  Attributes:
+    batch: of a device, classes for tokens and images elsewhere; 0 for the size's own.
+    steps: denoiser calls of a picture or updates of a training; 0 for the size's own.
+  """
+
+  size: Size
+  models: Models
+  devices: jax.sharding.Mesh
+  batch: int = 0
+  steps: int = 0
+
+  def batch_of(self, name: str) -> int:
+    return self.batch or self.size.batch[name]
+
+  def tokens(self) -> class_tokens.Settings:
+    """Slots for a device's classes, all of them in one compiled body."""
+    settings, batch = self.size.tokens, self.batch_of("tokens")
+    return dataclasses.replace(settings, slots=batch * self.devices.size, slots_per_body=batch,
+                               steps=self.steps or settings.steps)
+
+  def generate(self) -> generate.Settings:
+    settings = self.size.generate
+    return dataclasses.replace(settings, batch=self.batch_of("generate"), steps=self.steps or settings.steps)

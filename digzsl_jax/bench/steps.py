@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from digzsl_jax import diffusion, flops, mesh, quality, tagger
-from digzsl_jax.bench.sizes import Models, Size
+from digzsl_jax.bench.sizes import Place, Size
 from digzsl_jax.data import native
 from digzsl_jax.models import cdm, clip, vae
 from digzsl_jax.models.classifier import Classifier
@@ -54,25 +54,6 @@ class Bench:
   parts: tuple[str, ...] = ()
   inputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """What a bench is built from.
-
-  Attributes:
-    batch: of a device; 0 for the size's own.
-    steps: as of `Bench`; 0 for the size's own.
-  """
-
-  size: Size
-  models: Models
-  devices: jax.sharding.Mesh
-  batch: int
-  steps: int
-
-  def batch_of(self, name: str) -> int:
-    return self.batch or self.size.batch[name]
 
 
 def unit(rng: np.random.Generator, rows: int, width: int) -> np.ndarray:
@@ -114,10 +95,7 @@ def sampler_facts(size: Size, steps: int, kind: str, guidance: float) -> dict[st
 def tokens(place: Place) -> Bench:
   """One update of one token for each of `batch` classes on every device: `prefix` and `learn`."""
   size, devices, rng = place.size, place.devices, np.random.default_rng(SEED)
-  batch = place.batch_of("tokens")
-  settings = dataclasses.replace(size.tokens, slots=batch * devices.size, slots_per_body=batch,
-                                 steps=place.steps or size.tokens.steps)
-  sd, count = place.models.sd, size.classes[0]
+  settings, sd, count = place.tokens(), place.models.sd, size.classes[0]
   graphdef, params = nnx.split(class_tokens.Guide(sd, cdm.CDM(place.models.encoder, place.models.head())))
   path = class_tokens.gradient_path(settings, place.models.schedule())
   ids_kl, null_l = prompts(rng, size, count)
@@ -155,7 +133,7 @@ def tokens(place: Place) -> Bench:
       name: getattr(settings, name) for name in ("gradient", "images", "temperature", "learning_rate", "clip_norm",
                                                  "remat")}
   return Bench(
-      start, settings.slots * settings.images, batch, path.sampler.calls,
+      start, settings.slots * settings.images, settings.slots_per_body, path.sampler.calls,
       lambda _: tokens_flop(size, settings, path) * settings.slots, lower, answer, ("sd", "clip"),
       dict(ids=ids_kl, null=null_l, prototypes=np.asarray(classes.prototypes_kd), noise=np.asarray(noise_bhwz),
            tokens=start_knd, classes=np.asarray(slots.class_c), **head_arrays(place.models.head())),
@@ -183,9 +161,8 @@ def head_arrays(head: cdm.Head) -> dict[str, np.ndarray]:
 def generated(place: Place) -> Bench:
   """One batch of pictures on every device, from prompt to pixels."""
   size, devices, rng = place.size, place.devices, np.random.default_rng(SEED)
-  batch = place.batch_of("generate")
-  settings = dataclasses.replace(size.generate, batch=batch, steps=place.steps or size.generate.steps)
-  count, sd = batch * devices.size, place.models.sd
+  settings, sd = place.generate(), place.models.sd
+  count = settings.batch * devices.size
   sampler = diffusion.make_sampler(place.models.schedule(), settings.steps, settings.sampler)
   graphdef, params = nnx.split(sd)
   ids_bl, null_l = prompts(rng, size, count)
@@ -205,7 +182,8 @@ def generated(place: Place) -> Bench:
   halves = 1 if settings.guidance == 1 else 2
   image = (sampler.calls * halves * denoiser_flop(size) + decoder_work(size).forward
            + flops.text(text_config(size), size.length).forward)
-  return Bench(start, count, batch, sampler.calls, lambda _: count * image, lambda: [compiled().lower(frozen, placed)],
+  return Bench(start, count, settings.batch, sampler.calls, lambda _: count * image,
+               lambda: [compiled().lower(frozen, placed)],
                lambda images: {"pixels": np.asarray(images).astype(np.float32)}, ("sd",),
                dict(ids=ids_bl, null=null_l, noise=np.asarray(noise_bhwz), tokens=rows.token_bnd),
                sampler_facts(size, settings.steps, settings.sampler, settings.guidance) | {"batch": count})

@@ -123,7 +123,7 @@ def compile_all(args: argparse.Namespace) -> None:
     devices = chips(topology)
     for stage in args.stages:
       for batch in args.batch:
-        for program in ahead.PROGRAMS[stage](ahead.Place(models.size, models, devices, batch)):
+        for program in ahead.PROGRAMS[stage](sizes.Place(models.size, models, devices, batch)):
           if args.only and program.name not in args.only:
             continue
           line = compile_for(program, devices)

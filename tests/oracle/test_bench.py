@@ -27,7 +27,7 @@ SMALL = small_bench.smallest()
 def compared(name, size, folder, batched=False):
   """The relative error, with the peer in this process."""
   models = sizes.Models(size, "float32")
-  timed = steps.BENCHES[name](steps.Place(size, models, mesh.make(1), batch=0, steps=3))
+  timed = steps.BENCHES[name](sizes.Place(size, models, mesh.make(1), batch=0, steps=3))
   call = timed.start()
   ours = timed.answer(call())
   models.write(folder, timed.parts)
