@@ -42,6 +42,21 @@ def divide(tree: Any, parts: int) -> Any:
   return jax.tree.map(one, tree, is_leaf=_is_variable)
 
 
+def when(x: jax.Array, tree: Any) -> Any:
+  """`tree`, whose divided weights can be gathered only once `x` is there, and for each `x` anew."""
+  if not any(isinstance(leaf, Divided) for leaf in jax.tree.leaves(tree, is_leaf=_is_variable)):
+    return tree
+  nothing = 0 * x.ravel()[0]
+
+  def one(leaf):
+    if not isinstance(leaf, Divided):
+      return leaf
+    rows_ro = leaf.get_raw_value()
+    return Divided(rows_ro + nothing.astype(rows_ro.dtype), whole=leaf.whole)
+
+  return jax.tree.map(one, tree, is_leaf=_is_variable)
+
+
 def specs(tree: Any) -> Any:
   """How every leaf of a tree out of `divide`, or of any other, lies on the mesh."""
   def one(leaf):

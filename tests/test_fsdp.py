@@ -151,6 +151,24 @@ def test_weights_are_gathered_where_they_are_read():
   assert compiled.memory_analysis().argument_size_in_bytes < whole / 3.8
 
 
+def test_no_weight_waits_for_its_next_reader():
+  """A second call gathers anew and so does the way back; merged, gathers would hold all weights from first to last."""
+  graphdef, params = nnx.split(Tower(nnx.Rngs(0)))
+  devices = mesh.make(4, 4)
+
+  def loss(x_bd, params):
+    for _ in range(2):
+      for layer in nnx.merge(graphdef, params).layers:
+        x_bd = layers.call(lambda layer, x_bd: jnp.tanh(layer(x_bd)), layer, x_bd, remat=True)
+    return (x_bd**2).sum()
+
+  placed, rows = mesh.place_models(params, devices), mesh.by_class(devices)
+  gradient = jax.shard_map(jax.grad(loss), mesh=devices, in_specs=(rows.spec, fsdp.specs(placed)), out_specs=rows.spec,
+                           check_vma=False)
+  program = jax.jit(gradient).lower(jax.device_put(np.zeros((4, 128), np.float32), rows), placed).compile().as_text()
+  assert program.count(" all-gather(") == 2 * 2 * 16
+
+
 @pytest.mark.slow
 def test_two_processes_divide_weights_within_them_and_between_them(tiny_world, tmp_path):
   """2 x 2 devices against one process with whole weights: tokens but for last bits, images but for 1 of 255."""

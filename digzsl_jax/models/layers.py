@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from digzsl_jax import fsdp
 from digzsl_jax.models import platforms
 from digzsl_jax.models.attention import attend
 from digzsl_jax.models.convolution import convolve
@@ -284,7 +285,7 @@ def call(function, modules, *arrays, remat: bool):
     return function(modules, *arrays)
   graphdef, state = nnx.split(modules)
   checkpoint = _checkpoint if platforms.platform() == "cpu" else jax.checkpoint
-  again = checkpoint(lambda state, *arrays: function(nnx.merge(graphdef, state), *arrays))
+  again = checkpoint(lambda state, *arrays: function(nnx.merge(graphdef, fsdp.when(arrays[0], state)), *arrays))
   return again(state, *arrays)
 
 

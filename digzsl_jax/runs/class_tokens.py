@@ -252,7 +252,7 @@ class Frozen(NamedTuple):
 def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh):
   """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
   rows, tx = functools.partial(jnp.repeat, repeats=settings.images, axis=0), optimiser(settings)
-  # Of divided weights one call for both halves: between two, XLA would keep all that the first has gathered.
+  # Of divided weights one call for both halves: two would gather them twice.
   walk = dataclasses.replace(settings, stop_unconditional=False) if fsdp.AXIS in devices.axis_names else settings
 
   def prefix(frozen, slots):
