@@ -41,6 +41,8 @@ def pretrain() -> config_dict.ConfigDict:
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
           training=dict(steps=5000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
       export=dict(world="scenes", folder=""),
+      lcm=dict(sd="", skip=17, guidance=2.5,
+               training=dict(steps=500, batch=32, learning_rate=1e-3, weight_decay=0.0, average=0.99)),
   ).lock()
 
 
