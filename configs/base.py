@@ -41,6 +41,8 @@ def pretrain() -> config_dict.ConfigDict:
                          clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading"),
           training=dict(steps=5000, batch=64, learning_rate=1.5e-3, weight_decay=0.01, average=0.998)),
       export=dict(world="scenes", folder=""),
+      lcm=dict(sd="", skip=17, guidance=2.5,
+               training=dict(steps=500, batch=32, learning_rate=1e-3, weight_decay=0.0, average=0.99)),
   ).lock()
 
 
@@ -63,8 +65,8 @@ def dig_zsl() -> config_dict.ConfigDict:
           stop_unconditional=True, images=3, learning_rate=0.015, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
           noise_period=1, stop_accuracy=1.0, patience=30, max_updates=30,
           slots=12, slots_per_body=6, check_every=10, remat=False),
-      generate=dict(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=32,
-                    guidance_until=1.0, cache_interval=1, cache_branch=0),  # these three: docs/generation_speed.md
+      generate=dict(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=32, unet="",
+                    guidance_until=1.0, cache_interval=1, cache_branch=0),  # these four: docs/generation_speed.md
       classifier=dict(features="all", hidden=0, images=24, steps=300, learning_rate=0.01, weight_decay=1e-4),
       quality=dict(inception="",  # its file, converted once, gives FID and KID: docs/image_quality.md
                    resize="bilinear"),

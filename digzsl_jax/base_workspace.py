@@ -23,7 +23,8 @@ PLACES = {("cdm", "cache")}  # fields that no result depends on
 WORLDS = pathlib.Path(__file__).parent / "worlds"
 # By the last word of the field that names a checkpoint.
 LAYOUTS = {"clip": download.CLIP, "sd": download.STABLE_DIFFUSION, "vae": download.AUTOENCODER,
-           "judge": download.ENCODER, "encoder": download.ENCODER, "inception": download.Layout(())}
+           "unet": download.DENOISER, "judge": download.ENCODER, "encoder": download.ENCODER,
+           "inception": download.Layout(())}
 # Pictures that a device encodes at once; arrays go in larger batches. Small ones keep both cores of a small CPU busy,
 # also with the last of a list, while which nothing is left to decode.
 BATCH = 32

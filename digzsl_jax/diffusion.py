@@ -268,7 +268,7 @@ def guide(unet_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], text_
       section 3.4, phi; `guidance_rescale` in `diffusers`), traced unless it is the Python number 0, which is off.
 
   Returns:
-    `denoise(x_bhwz, t)`. Both forms return the same numbers.
+    `denoise(x_bhwz, t)`. Both forms return the same numbers; the one with halves apart takes a time for each row, too.
   """
   inputs, guided = doubled(text_bld, null_bld, scale, rescale)
   if not stop_unconditional or off(scale):

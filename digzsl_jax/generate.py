@@ -34,6 +34,7 @@ class Settings:
   """What an image depends on besides prompt and seed; it is written into the file."""
 
   checkpoint: str
+  unet: str | None
   vae: str | None
   tokens: Sequence[str]
   negative: str
@@ -186,13 +187,14 @@ def generate(args: argparse.Namespace) -> None:
   log, out = logs.Log(None), pathlib.Path(args.out).expanduser()
   asked = read_prompts(args.prompt, args.prompts)
   path = download.locate(args.checkpoint, download.STABLE_DIFFUSION)
+  denoiser = args.unet and download.locate(args.unet, download.DENOISER)
   vae = args.vae and download.locate(args.vae, download.AUTOENCODER)
   shortcuts.Shortcuts(args.guidance_until, args.cache_interval, args.cache_branch)  # raises
   schedule = stable_diffusion.load_schedule(path)
   sampler = diffusion.make_sampler(schedule, args.steps, args.sampler or None)
   words = tokenizer.Tokenizer.from_folder(stable_diffusion.tokenizer_folder(path))
   log.say(f"loading {args.checkpoint}")
-  sd = stable_diffusion.load(path, vae=vae, dtype=args.dtype)
+  sd = stable_diffusion.load(path, denoiser=denoiser, vae=vae, dtype=args.dtype)
   log.say(f"on {logs.devices(jax.devices())} in {args.dtype}; what is compiled the first time takes a while")
   if args.cache_interval > 1 and args.cache_branch >= sd.unet.branches:
     raise ValueError(f"--cache_branch {args.cache_branch}: this UNet has the branches 0 to {sd.unet.branches - 1}")
@@ -201,9 +203,9 @@ def generate(args: argparse.Namespace) -> None:
   height, width = args.height or usual[0], args.width or usual[1]
   if height % sd.vae.factor or width % sd.vae.factor:
     raise ValueError(f"--height {height} and --width {width} must be multiples of {sd.vae.factor}")
-  settings = Settings(args.checkpoint, args.vae, args.tokens, args.negative, args.steps, args.sampler, args.guidance,
-                      args.guidance_rescale, args.guidance_until, args.cache_interval, args.cache_branch, height,
-                      width, args.dtype)
+  settings = Settings(args.checkpoint, args.unet, args.vae, args.tokens, args.negative, args.steps, args.sampler,
+                      args.guidance, args.guidance_rescale, args.guidance_until, args.cache_interval, args.cache_branch,
+                      height, width, args.dtype)
   wanted = list(itertools.product(asked, range(args.seed, args.seed + args.images)))
   made = paint_missing(wanted, settings, sd, sampler, words, vectors_nd, out, args.batch, log)
   log.say(f"{made} of {len(wanted)} images made now, in {out}")
@@ -234,6 +236,7 @@ def parser() -> argparse.ArgumentParser:
   add("--height", type=cli.at_least(1), help="in pixels; by default what the checkpoint was trained on")
   add("--width", type=cli.at_least(1), help="in pixels; by default what the checkpoint was trained on")
   add("--dtype", choices=layers.DTYPES, default="float32", help="of the computation")
+  add("--unet", help="folder of another denoiser, as one distilled for the sampler lcm")
   add("--vae", help="folder of another autoencoder, as TAESD's")
   return new
 

@@ -29,6 +29,8 @@ VARIANTS = {
   "dpm++_karras": ("dpm++", _KARRAS), "dpm++_sde": ("dpm++", _SDE), "dpm++_sde_karras": ("dpm++", _KARRAS | _SDE),
   "euler_karras": ("euler", _KARRAS)}
 
+ORIGINAL_STEPS = 50  # time steps that a network for LCM was distilled at, unless its file says otherwise
+
 # Fields whose default depends on the sampler that runs, not on the one that the file names.
 _DEFAULTS = {
   "ddim": dict(timestep_spacing="leading", set_alpha_to_one=True),
@@ -37,7 +39,7 @@ _DEFAULTS = {
                 lower_order_final=True, euler_at_final=False, use_karras_sigmas=False),
   "euler": dict(timestep_spacing="linspace", final_sigmas_type="zero", use_karras_sigmas=False),
   "euler_ancestral": dict(timestep_spacing="linspace"),
-  "lcm": dict(original_inference_steps=50, timestep_scaling=10.0),
+  "lcm": dict(original_inference_steps=ORIGINAL_STEPS, timestep_scaling=10.0),
 }
 # What a file of a sampler's own class means by leaving the field out. Files of other classes say nothing by it.
 _ABSENT = {"ddim": dict(clip_sample=True), "pndm": dict(skip_prk_steps=False)}

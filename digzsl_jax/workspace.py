@@ -71,6 +71,7 @@ class Workspace(BaseWorkspace):
     encoder = self.config["cdm"]["encoder"]
     names = {f"models.{name}": getattr(self.models, name) for name in ("clip", "sd", "vae", "judge")}
     names["cdm.encoder"] = "" if encoder == cdm.CLIP else encoder
+    names["generate.unet"] = self.config["generate"]["unet"]
     names["quality.inception"] = self.config["quality"]["inception"]
     return {field: name for field, name in names.items() if name}
 
@@ -134,15 +135,24 @@ class Workspace(BaseWorkspace):
       ValueError: no such checkpoint, or its tokenizer is another than the text encoder's; ids beyond both stand for
         learnt vectors.
     """
-    paths = self.model_paths
-    with fsdp.on_host(self.mesh):
-      sd = stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype,
-                                 remat=self.config["tokens"]["remat"])
+    sd = self._stable_diffusion(remat=self.config["tokens"]["remat"])
     rows, known = sd.text_encoder.embeddings.token_embedding.num_embeddings, self.sd_tokenizer.vocab_size
     if rows != known:
       raise ValueError(f"config.models.sd: the tokenizer of {self.models.sd} has {known} tokens, but the text encoder "
                        f"{rows}; take both folders from the same place")
     return sd
+
+  def _stable_diffusion(self, **switches) -> stable_diffusion.StableDiffusion:
+    paths = self.model_paths
+    with fsdp.on_host(self.mesh):
+      return stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype, **switches)
+
+  @functools.cached_property
+  def painter(self) -> stable_diffusion.StableDiffusion:
+    """What paints the images: `sd`, with the denoiser of `generate.unet` where that names one."""
+    if "unet" not in self.model_paths:
+      return self.sd
+    return self._stable_diffusion(denoiser=self.model_paths["unet"])
 
   @functools.cached_property
   def schedule(self) -> diffusion.Schedule:
@@ -217,6 +227,8 @@ class Workspace(BaseWorkspace):
     found = {"cdm": self.new_cdm_head()} | ({"clip": self.clip} if "clip" in self.model_paths else {})
     if "sd" in self.model_paths:
       found |= {f"sd.{part}": getattr(self.sd, part) for part in ("text_encoder", "unet", "vae")}
+    if "unet" in self.model_paths:
+      found["generate.unet"] = self.painter.unet
     return found | ({"judge": self.judge[0]} if self.judge else {})
 
   @functools.cached_property

@@ -105,7 +105,7 @@ def test_unknown_section_stage_and_missing_checkpoint(tiny_config, tmp_path):
     with pytest.raises(ValueError, match=f"stage {lacking} has not finished"):
       run(tiny_config, tmp_path, *stages)
     assert not list(tmp_path.iterdir())
-  for section, field, others in (("models", "sd", {}), ("cdm", "encoder", {"kind": "mlp"})):
+  for section, field, others in (("models", "sd", {}), ("cdm", "encoder", {"kind": "mlp"}), ("generate", "unet", {})):
     wrong = {section: config[section] | others | {field: "nowhere"}}
     with pytest.raises(ValueError, match=f"config.{section}.{field} is 'nowhere', but there is no folder"):
       command.METHODS["dig_zsl"](config | wrong, tmp_path, logs.Log(tmp_path), False)
@@ -144,6 +144,7 @@ def test_impossible_settings_of_later_stages_are_found_first(tiny_config, tmp_pa
       ("mesh", "devices", 99, "config.mesh.devices is 99"),
       ("tokens", "initial", "crimsonishly", "config.tokens: the initialiser 'crimsonishly' is"),
       ("generate", "sampler", "heun", "config.generate: .*'heun' is not supported"),
+      ("generate", "unet", "embedded:scenes/sd/unet", "config.generate: the denoiser .* has cross_attention_dim=64"),
       ("tokens", "vectors", 99, "config.tokens: {token} of .*: shorten the template or take fewer vectors"),
       ("tokens", "initial_file", "nowhere", "config.tokens.initial_file is 'nowhere', but there is no such file"),
       ("quality", "resize", "nearest", "config.quality.resize is 'nearest'; it must be one of .'bilinear', "),

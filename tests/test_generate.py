@@ -24,8 +24,8 @@ def paint(tiny_world, monkeypatch):
   monkeypatch.setattr(stable_diffusion.StableDiffusion, "text", lambda sd, ids_bl, *others: jnp.ones(
     (len(ids_bl), ids_bl.shape[1], sd.unet.config.cross_attention_dim)))
   sampler = diffusion.make_sampler(schedule, 3, "euler_ancestral")
-  settings = parse(generate.Settings, dict(images=1, sampler="", steps=3, guidance=4.0, batch=2, guidance_until=1.0,
-                                           cache_interval=1, cache_branch=0), "generate")
+  settings = parse(generate.Settings, dict(images=1, sampler="", steps=3, guidance=4.0, batch=2, unet="",
+                                           guidance_until=1.0, cache_interval=1, cache_branch=0), "generate")
 
   def images(addresses, devices=1):
     compiled = generate.compile_sampler(settings, 0, sampler, graphdef, mesh.make(devices))

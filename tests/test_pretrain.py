@@ -59,5 +59,5 @@ def test_dry_run_prints_the_cost_of_every_part(tiny_pretraining, quick_build, tm
   config = tiny_pretraining.to_dict()
   pretrain.run(config, tmp_path / "run", logs.Log(tmp_path / "log"), True)
   printed = capsys.readouterr().out
-  assert printed.count("  update: ") == 4 and printed.count("1.00 GFLOP") == 4
+  assert printed.count("  update: ") == 5 and printed.count("1.00 GFLOP") == 5
   assert not (tmp_path / "run").exists()

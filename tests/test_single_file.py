@@ -196,7 +196,7 @@ def test_a_run_takes_a_single_file_and_another_autoencoder(write, tiny_config, t
     return Workspace(tiny_config.to_dict(), tmp_path / "run", logs.Log(tmp_path / "run"))
 
   folder = workspace().model_fingerprints
-  assert set(folder) == {"clip", "sd", "judge", "encoder", "inception", "initial_file"}
+  assert set(folder) == {"clip", "sd", "judge", "encoder", "inception", "unet", "initial_file"}
   assert isinstance(folder["sd"], str)
   path = write("sd15")
   with pytest.raises(ValueError, match="holds no tokenizer"):

@@ -15,7 +15,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
-           "segmentation_metrics", "optimisers", "quality", "shortcuts"}
+           "segmentation_metrics", "optimisers", "quality", "shortcuts", "consistency"}
 TOOLS = {"processes", "mesh", "fsdp", "checkpoint", "logs", "mask_files", "report_page", "report_parts",
          "report_quality", "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "models": {"models", "diffusion", "losses", "files", "resize"},
     "diffusion": {"samplers"},
     "shortcuts": {"diffusion", "models"},
+    "consistency": {"diffusion", "samplers", "models"},
     "samplers": set(),
     "gaussians": set(),
     "losses": set(),

@@ -1,12 +1,15 @@
 """`python -m digzsl_jax.generate` on the embedded world: images, their text, resume, and what is refused."""
 
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from digzsl_jax import diffusion, generate
+from digzsl_jax import files as files_of
 from digzsl_jax.data import images, textual_inversion, tokenizer
 from digzsl_jax.models import stable_diffusion
 
@@ -85,6 +88,34 @@ def test_shortcuts_change_the_image_and_are_written_into_it(painted, tmp_path):
   assert made[name] != files[name]
 
 
+def test_another_denoiser(painted, tmp_path):
+  _, files = painted
+  name = "a-photo-of-a-striped-crimson-star/00007.png"
+  same = paint(tmp_path / "same", "--prompt", PROMPT, "--seed", "7", "--unet", str(SD / "unet"))
+  assert images.read_text(tmp_path / "same" / name)["unet"] == str(SD / "unet")
+  painted_7 = images.read_png(painted[0] / name)
+  np.testing.assert_array_equal(images.read_png(tmp_path / "same" / name), painted_7)
+  assert same[name] != files[name]  # which is of what the file says
+  shutil.copytree(SD / "unet", tmp_path / "unet")
+  tensors = safetensors.numpy.load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+  tensors["conv_out.weight"] *= np.float16(0.5)
+  safetensors.numpy.save_file(tensors, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+  paint(tmp_path / "other", "--prompt", PROMPT, "--seed", "7", "--unet", str(tmp_path / "unet"))
+  assert (images.read_png(tmp_path / "other" / name) != painted_7).mean() > 0.1
+
+
+def test_denoiser_of_another_model_is_refused(tmp_path):
+  shutil.copytree(SD / "unet", tmp_path / "unet")
+  config = files_of.read_json(SD / "unet" / "config.json")
+  for change, message in (({"cross_attention_dim": 32}, "has cross_attention_dim=32, that of .* 64: it belongs to"),
+                          ({"in_channels": 9}, "has in_channels=9, that of .* 4: it belongs to another"),
+                          ({"time_cond_proj_dim": 256}, "cannot be used: .*time_cond_proj_dim=256 is not supported")):
+    files_of.write_json(tmp_path / "unet" / "config.json", config | change)
+    with pytest.raises(SystemExit, match=message):
+      paint(tmp_path / "out", "--prompt", PROMPT, "--unet", str(tmp_path / "unet"))
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
   (("--prompt", "a", "--guidance_until", "2"), "guidance_until is 2.0; it must be between 0 and 1"),
   (("--prompt", "a", "--cache_interval", "2", "--cache_branch", "4"), "has the branches 0 to 3"),
@@ -96,6 +127,7 @@ def test_shortcuts_change_the_image_and_are_written_into_it(painted, tmp_path):
   (("--prompt", "a", "--tokens", "nowhere.safetensors"), "nowhere.safetensors is missing"),
   (("--prompt", "a", "--checkpoint", "./nowhere"), "nowhere"),
   (("--prompt", "a", "--vae", "./nowhere"), "nowhere"),
+  (("--prompt", "a", "--unet", "./nowhere"), "nowhere"),
 ])
 def test_refusals(tmp_path, arguments, message):
   with pytest.raises(SystemExit, match=message):

@@ -35,6 +35,7 @@ STABLE_DIFFUSION = Layout(("text_encoder", "unet", "vae"),
 CLIP = Layout(("",), (*_TOKENIZER, "preprocessor_config.json"))
 ENCODER = Layout(("",), ("preprocessor_config.json",))  # an image model without a tokenizer
 AUTOENCODER = Layout(("",), raw=taesd.RAW_FILES)
+DENOISER = Layout(("",))
 
 
 def _choose(names: Collection[str], layout: Layout, read_index: Callable[[str], Mapping], where: object) -> list[str]:

@@ -79,12 +79,13 @@ class StableDiffusion(nnx.Module):
     return images.reshape(b, *images.shape[2:])
 
 
-def load(path: os.PathLike, *, vae: os.PathLike | None = None, dtype=jnp.float32,
-         remat: bool = False) -> StableDiffusion:
+def load(path: os.PathLike, *, denoiser: os.PathLike | None = None, vae: os.PathLike | None = None,
+         dtype=jnp.float32, remat: bool = False) -> StableDiffusion:
   """Reads a diffusers folder (`text_encoder`, `unet`, `vae`) or a single `.safetensors` file.
 
   Args:
     path: the folder, or the file in the names of `single_file`.
+    denoiser: folder of another denoiser in place of its own, as one that was distilled for few steps.
     vae: folder of another autoencoder in place of its own; see `load_autoencoder`.
     dtype: type of the computation.
     remat: compute activations again in the backward pass, which saves memory in gradients.
@@ -93,16 +94,46 @@ def load(path: os.PathLike, *, vae: os.PathLike | None = None, dtype=jnp.float32
     CheckpointError: something is absent, damaged or does not fit.
   """
   read = _reader(pathlib.Path(path))
+  if denoiser is not None:
+    denoiser_config(path, denoiser)  # raises
   text_encoder = read(clip.CLIPTextModel, "text_encoder", dtype=dtype)
-  denoiser = read(unet.UNet2DConditionModel, "unet", dtype=dtype, remat=remat)
+  own = dict(dtype=dtype, remat=remat)
+  painter = (read(unet.UNet2DConditionModel, "unet", **own) if denoiser is None
+             else hub.load(unet.UNet2DConditionModel, denoiser, **own))
   if vae is None:
-    return StableDiffusion(text_encoder, denoiser, read(kl.AutoencoderKL, "vae", dtype=dtype, remat=remat))
-  autoencoder = load_autoencoder(vae, dtype=dtype, remat=remat)
-  wanted, given = denoiser.config.in_channels, autoencoder.config.latent_channels
+    return StableDiffusion(text_encoder, painter, read(kl.AutoencoderKL, "vae", **own))
+  autoencoder = load_autoencoder(vae, **own)
+  wanted, given = painter.config.in_channels, autoencoder.config.latent_channels
   if wanted != given:
     raise hub.CheckpointError(f"the autoencoder {vae} has latents of {given} channels, the denoiser of {path} takes "
                               f"{wanted}: they do not belong together")
-  return StableDiffusion(text_encoder, denoiser, autoencoder)
+  return StableDiffusion(text_encoder, painter, autoencoder)
+
+
+def denoiser_config(path: os.PathLike, denoiser: os.PathLike | None = None) -> unet.UNetConfig:
+  """Reads the config of the denoiser that `load` takes with these arguments, and no weights.
+
+  Raises:
+    CheckpointError: it is absent or none of Stable Diffusion 1.x and 2.x, or `denoiser` was made for other text states
+      or latents than those of `path`.
+  """
+  path = pathlib.Path(path)
+  configs = [(path, single_file.SingleFile(path).configs["unet"] if single_file.is_single(path)
+              else hub.read_json(path / "unet" / "config.json"))]
+  if denoiser is not None:
+    configs.append((denoiser, hub.read_json(pathlib.Path(denoiser) / "config.json")))
+  found = []
+  for source, config in configs:
+    try:
+      found.append(unet.UNetConfig.from_json(config))
+    except ValueError as error:
+      raise hub.CheckpointError(f"{source} has a denoiser that cannot be used: {error}") from error
+  for field in ("cross_attention_dim", "in_channels", "out_channels"):
+    wanted, given = (getattr(config, field) for config in (found[0], found[-1]))
+    if wanted != given:
+      raise hub.CheckpointError(f"the denoiser {denoiser} has {field}={given}, that of {path} {wanted}: it belongs to "
+                                "another Stable Diffusion")
+  return found[-1]
 
 
 def load_autoencoder(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = False) -> Autoencoder:

@@ -23,10 +23,11 @@ from digzsl_jax import batches as in_turn
 from digzsl_jax import checkpoint, diffusion, files, mesh, processes, shortcuts
 from digzsl_jax.base_workspace import check
 from digzsl_jax.data import images, prompts, splits
+from digzsl_jax.models import stable_diffusion
 from digzsl_jax.workspace import TOKENS, Workspace
 
 NEEDS = ("tokens",)
-MODELS = ("sd",)
+MODELS = ("sd", "unet")
 NOISE_STREAM = 2  # keeps the noise of generation apart from the noise of learning
 FRESH_STREAM = 3  # and the noise that samplers draw on their way from both
 SOURCES = ("learned", "plain")
@@ -43,6 +44,8 @@ class Settings:
     steps: sampler steps.
     guidance: classifier-free guidance scale.
     batch: rows of one compiled body, so each device's share of a batch.
+    unet: another denoiser for painting alone, as one distilled for few steps: the folder `unet` of the layout of
+      diffusers; "" for that of `models.sd`, which tokens are learnt with in any case.
     guidance_until, cache_interval, cache_branch: work that is left out, see `shortcuts.Shortcuts`; none by default.
   """
 
@@ -51,6 +54,7 @@ class Settings:
   steps: int
   guidance: float
   batch: int
+  unet: str = ""
   guidance_until: float = 1.0
   cache_interval: int = 1
   cache_branch: int = 0
@@ -164,7 +168,7 @@ def generate_task(settings: Settings, ws: Workspace, task: splits.Task, generate
 
 def prepare(settings: Settings, ws: Workspace):
   """The compiled sampler and what it reads."""
-  graphdef, params = nnx.split(ws.sd)
+  graphdef, params = nnx.split(ws.painter)
   frozen = mesh.place_models((params, jnp.asarray(ws.sd_tokenizer([""])[0])), ws.mesh)
   return compile_sampler(settings, ws.seed, plan(settings, ws), graphdef, ws.mesh), frozen
 
@@ -179,10 +183,12 @@ def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
 
 
 def validate(settings: Settings, ws: Workspace) -> None:
-  """Raises ValueError for a sampler that the checkpoint's schedule does not allow, or a branch that its UNet lacks."""
+  """Raises ValueError for a sampler that the checkpoint's schedule does not allow, or a UNet that does not fit."""
   plan(settings, ws)
+  if settings.unet:
+    stable_diffusion.denoiser_config(ws.model_paths["sd"], ws.model_paths["unet"])
   if settings.cache_interval > 1:
-    last = ws.sd.unet.branches - 1
+    last = ws.painter.unet.branches - 1
     check(settings.cache_branch <= last, "config.generate.cache_branch", settings.cache_branch, f"at most {last}")
 
 

@@ -1,7 +1,8 @@
 """Trains the small CLIP, Stable Diffusion and judge of a world, and writes them as checkpoints.
 
-Parts, each a stage with checkpoints and exact resume: `tokenizer`, `vae`, `clip`, `judge`, `sd`, and
-`export`, which copies the finished folders (Hugging Face / diffusers layout, float16) to where they ship.
+Parts, each a stage with checkpoints and exact resume: `tokenizer`, `vae`, `clip`, `judge`, `sd`,
+`export`, which copies the finished folders (Hugging Face / diffusers layout, float16) to where they ship, and `lcm`,
+which distils a denoiser for few steps from that of `sd` or of another Stable Diffusion.
 
 Shapes: n picture of the corpus, b row of a batch, h w pixel or latent position, c colour, z latent
 channel, l caption position, d embedding.
@@ -20,11 +21,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from digzsl_jax import checkpoint, diffusion, files, loop, losses, world_export
-from digzsl_jax.base_workspace import parse
+from digzsl_jax import checkpoint, consistency, diffusion, files, loop, losses, world_export
+from digzsl_jax.base_workspace import check, locate, parse
 from digzsl_jax.data import fashion_mnist, scenes, tokenizer
 from digzsl_jax.logs import Log, memory_and_flops, parameter_table, write_provenance
-from digzsl_jax.models import clip, clip_patches, hub, judge, unet, vae
+from digzsl_jax.models import clip, clip_patches, download, hub, judge, stable_diffusion, unet, vae
 
 
 class Corpus(NamedTuple):
@@ -249,15 +250,56 @@ def export(world: World, part: Mapping) -> dict:
                              sorted(set(world.corpus.labels)))
 
 
+def teacher_path(name: str) -> pathlib.Path:
+  """Where the teacher of `lcm` is.
+
+  Raises:
+    ValueError: there is none, or it is a single file.
+  """
+  path = locate(name, download.STABLE_DIFFUSION, "config.lcm.sd")
+  if path.is_file():
+    raise ValueError(f"config.lcm.sd is {name!r}, a single file; distil from a folder in the layout of diffusers")
+  return path
+
+
+def train_lcm(world: World, part: Mapping) -> dict:
+  """A denoiser for the sampler `lcm`, distilled with what came with its teacher; `unet` and `scheduler` of diffusers.
+
+  Raises:
+    ValueError: there is no such teacher, or it paints pictures of another size than the corpus has.
+  """
+  folder, words, given = world.workdir / "sd", world.workdir / "tokenizer", {"vae": world.workdir / "vae"}
+  if part["sd"]:
+    folder, given = teacher_path(part["sd"]), {}
+    words = stable_diffusion.tokenizer_folder(folder)
+  teacher, words = stable_diffusion.load(folder, **given), tokenizer.Tokenizer.from_folder(words)
+  if (size := world.images_nhwc.shape[1:]) != teacher.image_shape:
+    raise ValueError(f"config.lcm.sd is {part['sd']!r}, which paints pictures of {teacher.image_shape}; those of the "
+                     f"corpus are {size}")
+  schedule = stable_diffusion.load_schedule(folder)
+  latents = encode(teacher.vae, world.images_nhwc) * teacher.vae.scaling_factor
+  (text, text_params), (graphdef, params) = nnx.split(teacher.text_encoder), nnx.split(teacher.unet)
+  loss = functools.partial(consistency.loss, schedule, part["skip"], part["guidance"], text, graphdef)
+  frozen = text_params, jax.tree.map(jnp.copy, params), jnp.asarray(words([""]))[0]  # updates overwrite the student's
+  model, held = world.fit("lcm", part, teacher.unet, loss, (latents, jnp.asarray(words(world.corpus.captions))), frozen)
+  hub.save(model, world.workdir / "lcm" / "unet", hub.read_json(folder / "unet" / "config.json"),
+           file_name="diffusion_pytorch_model.safetensors")
+  scheduler = dict(schedule.config, _class_name="LCMScheduler")
+  files.write_json(world.workdir / "lcm" / "scheduler" / "scheduler_config.json", scheduler)
+  return held
+
+
 PARTS = {"tokenizer": train_tokenizer, "vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd,
-         "export": export}
+         "export": export, "lcm": train_lcm}
 NEEDS = {"tokenizer": (), "vae": (), "clip": ("tokenizer",), "judge": (), "sd": ("tokenizer", "vae", "clip"),
-         "export": ()}  # and what there is of the others: a world may do without Stable Diffusion
+         "export": (),  # and what there is of those above: a world may do without Stable Diffusion
+         "lcm": ("tokenizer", "vae", "sd")}  # unless `lcm.sd` names another teacher
 
 
 FIELDS = {"tokenizer": {"length"}, "vae": {"model", "kl", "training"}, "judge": {"model", "training"},
           "clip": {"projection_dim", "patches", "text", "vision", "training"},
-          "sd": {"drop", "unet", "scheduler", "training"}, "export": {"world", "folder"}}
+          "sd": {"drop", "unet", "scheduler", "training"}, "export": {"world", "folder"},
+          "lcm": {"sd", "skip", "guidance", "training"}}
 CORPORA = {"scenes": {"name", "images", "mixup", "target_share", "objects"},
            "fashion_mnist": {"name", "images", "mixup", "folder", "source"}}
 
@@ -271,6 +313,8 @@ def check_fields(config: Mapping) -> None:
   for section, known in (("corpus", CORPORA[name]), *FIELDS.items()):
     if wrong := set(config[section]) ^ known:
       raise ValueError(f"config.{section} has unknown or lacks fields {sorted(wrong)}")
+    if "skip" in known:
+      check(config[section]["skip"] >= 1, f"config.{section}.skip", config[section]["skip"], "at least 1")
     if "training" in known:
       parse(loop.Training, config[section]["training"], f"{section}.training")
 
@@ -287,15 +331,18 @@ def run(config: Mapping, workdir: pathlib.Path, log: Log, dry_run: bool) -> None
     with tempfile.TemporaryDirectory() as folder:
       few = dict(config["corpus"], images=2 * loop.HELD_OUT)
       world = World(few, pathlib.Path(folder), log, config["seed"], dry_run=True)
-      for name in ("tokenizer", "vae", "clip", "judge", "sd"):
+      for name in ("tokenizer", "vae", "clip", "judge", "sd", "lcm"):
         PARTS[name](world, config[name])
     return
   world, stages, needs = World(config["corpus"], workdir, log, config["seed"]), {}, dict(NEEDS)
   for name in PARTS:
+    inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name]}
     if name == "export":
       needs[name] = tuple(part for part in stages if part in asked or stages[part].done)
-    inputs = {"seed": config["seed"], "corpus": config["corpus"], name: config[name],
-              **{need: stages[need].fingerprint for need in needs[name]}}
+    elif name == "lcm" and name in asked and config[name]["sd"]:
+      needs[name], folder = (), teacher_path(config[name]["sd"])
+      inputs["teacher"] = checkpoint.fingerprint_files(folder, download.files(folder, download.STABLE_DIFFUSION))
+    inputs |= {need: stages[need].fingerprint for need in needs[name]}
     stages[name] = checkpoint.Stage(workdir / name, inputs)
   checkpoint.claim(stages, needs, asked)
   write_provenance(workdir, config)
