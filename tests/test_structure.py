@@ -51,7 +51,7 @@ MAY_IMPORT = {
     "decoder_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
     "tag_workspace": {"multilabel_workspace", "base_workspace", "label_texts", *LIBRARY, *TOOLS},
     "features": {"data", "checkpoint", "logs", "processes"},
-    "models": {"models", "diffusion", "losses", "files", "resize"},
+    "models": {"models", "diffusion", "losses", "files", "resize", "fsdp"},
     "diffusion": {"samplers"},
     "shortcuts": {"diffusion", "models"},
     "consistency": {"diffusion", "samplers", "models"},

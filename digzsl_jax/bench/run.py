@@ -37,7 +37,7 @@ class Settings:
     repetitions: timed calls after the first.
     seconds: no further repetition begins after so many.
     second_start: also time the first call of a second process, which finds the programs of the first one compiled.
-    compare: "torch" (eager) or "torch_compile" (denoiser compiled, on a GPU in channels last) for PyTorch beside us; with
+    compare: "torch" (eager) or "torch_compile" (denoiser compiled, on GPUs channels last) for PyTorch beside us; with
       "torch_batched" and "torch_batched_compile" its `tokens` take all classes and pictures at once; "" for none.
     out: file that lines are appended to; "" for `bench.jsonl` in the working directory.
   """
