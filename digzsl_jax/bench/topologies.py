@@ -60,7 +60,8 @@ def compile_for(program: ahead.Program, devices: jax.sharding.Mesh) -> dict[str,
   kind, began = devices.devices.flat[0], time.perf_counter()
   with platforms.tracing_for(kind.platform):
     lowered = program.lower()
-  traced = time.perf_counter()
+  traced, cpu = time.perf_counter(), time.process_time()
+  spent = lambda: {"compile_seconds": time.perf_counter() - traced, "compile_cpu_seconds": time.process_time() - cpu}
   line = {"program": program.name, "images_per_chip": program.images, "device": kind.device_kind, "chips": devices.size,
           "memory_gib": MEMORY.get(kind.device_kind), "trace_seconds": traced - began}
   try:
@@ -70,11 +71,10 @@ def compile_for(program: ahead.Program, devices: jax.sharding.Mesh) -> dict[str,
       raise
     used, unit, limit, unit_of_limit = said.groups()
     return line | {"fits": False, "needed_gib": float(used) * UNITS[unit],
-                   "limit_gib": float(limit) * UNITS[unit_of_limit],
-                   "compile_seconds": time.perf_counter() - traced, "refused": str(error)[:4000]}
-  seconds, cost = time.perf_counter() - traced, compiled.cost_analysis() or {}
-  return line | {"fits": True, **held(compiled), "collectives": len(logs.COLLECTIVES.findall(compiled.as_text())),
-                 "compile_seconds": seconds, "compiler_gflop": cost.get("flops", 0) / 1e9}
+                   "limit_gib": float(limit) * UNITS[unit_of_limit], **spent(), "refused": str(error)[:4000]}
+  line |= {"fits": True, **spent(), **held(compiled)}
+  return line | {"collectives": len(logs.COLLECTIVES.findall(compiled.as_text())),
+                 "compiler_gflop": (compiled.cost_analysis() or {}).get("flops", 0) / 1e9}
 
 
 def held(compiled: jax.stages.Compiled) -> dict[str, float]:
