@@ -84,9 +84,7 @@ def loss(schedule: diffusion.Schedule, skip: int, guidance: float, text: nnx.Gra
   time_key, noise_key = jax.random.split(key)
   rows, tower = latents_bhwz.shape[0], nnx.merge(text, text_params)
   text_bld, null_bld = tower(ids_bl)[0], tower(null_l[None])[0]
-  # Stratified times: every batch covers the whole range, which steadies the loss.
-  share_b = (jnp.arange(rows) + jax.random.uniform(time_key, (rows,))) / rows
-  n_b = jnp.minimum((share_b * len(steps_n2)).astype(jnp.int32), len(steps_n2) - 1)
+  n_b = diffusion.stratified(time_key, rows, len(steps_n2))
   noisy_bhwz = diffusion.add_noise(schedule, latents_bhwz, jax.random.normal(noise_key, latents_bhwz.shape),
                                    times_n[n_b])
   guided = diffusion.guide(nnx.merge(teacher, teacher_params), text_bld, null_bld, guidance, stop_unconditional=True)

@@ -329,6 +329,12 @@ def _amounts(schedule: Schedule, t_b: jax.Array, like: jax.Array) -> tuple[jax.A
   return jnp.sqrt(alpha_b), jnp.sqrt(1 - alpha_b)
 
 
+def stratified(key: jax.Array, rows: int, count: int) -> jax.Array:
+  """Random places `[b]` out of `count`, spread so that every batch covers the whole range, which steadies a loss."""
+  share_b = (jnp.arange(rows) + jax.random.uniform(key, (rows,))) / rows
+  return jnp.minimum((share_b * count).astype(jnp.int32), count - 1)
+
+
 def add_noise(schedule: Schedule, x0_bhwz: jax.Array, noise_bhwz: jax.Array, t_b: jax.Array) -> jax.Array:
   """The forward process at integer timesteps `t_b`: sqrt(alpha) x0 + sqrt(1 - alpha) noise."""
   signal, spread = _amounts(schedule, t_b, x0_bhwz)

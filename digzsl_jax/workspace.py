@@ -135,17 +135,18 @@ class Workspace(BaseWorkspace):
       ValueError: no such checkpoint, or its tokenizer is another than the text encoder's; ids beyond both stand for
         learnt vectors.
     """
-    sd = self._stable_diffusion(remat=self.config["tokens"]["remat"])
+    return self._stable_diffusion(remat=self.config["tokens"]["remat"])
+
+  def _stable_diffusion(self, **switches) -> stable_diffusion.StableDiffusion:
+    """For errors see `sd`."""
+    paths = self.model_paths
+    with fsdp.on_host(self.mesh):
+      sd = stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype, **switches)
     rows, known = sd.text_encoder.embeddings.token_embedding.num_embeddings, self.sd_tokenizer.vocab_size
     if rows != known:
       raise ValueError(f"config.models.sd: the tokenizer of {self.models.sd} has {known} tokens, but the text encoder "
                        f"{rows}; take both folders from the same place")
     return sd
-
-  def _stable_diffusion(self, **switches) -> stable_diffusion.StableDiffusion:
-    paths = self.model_paths
-    with fsdp.on_host(self.mesh):
-      return stable_diffusion.load(paths["sd"], vae=paths.get("vae"), dtype=self.models.dtype, **switches)
 
   @functools.cached_property
   def painter(self) -> stable_diffusion.StableDiffusion:

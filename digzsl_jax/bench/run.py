@@ -17,7 +17,6 @@ import jax
 from digzsl_jax import checkpoint, logs, mesh
 from digzsl_jax.base_workspace import check, parse
 from digzsl_jax.bench import measure, peers, sizes
-from digzsl_jax.bench.sizes import Place
 from digzsl_jax.bench.steps import BENCHES, Bench
 from digzsl_jax.models import layers
 from digzsl_jax.verify.parts import Memory
@@ -96,7 +95,7 @@ def run(config: Mapping[str, Any], workdir: pathlib.Path, log: logs.Log, dry_run
         log.say(f"{name} {size}: the same as of sd15, left out")
         continue
       log.say(f"{name} {size}: making weights and inputs")
-      bench = BENCHES[name](Place(made, models, devices, settings.batch, settings.steps))
+      bench = BENCHES[name](sizes.Place(made, models, devices, settings.batch, settings.steps))
       if dry_run:
         print_costs(f"{name} {size}", bench)
         continue

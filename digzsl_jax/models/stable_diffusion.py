@@ -95,7 +95,7 @@ def load(path: os.PathLike, *, denoiser: os.PathLike | None = None, vae: os.Path
   """
   read = _reader(pathlib.Path(path))
   if denoiser is not None:
-    denoiser_config(path, denoiser)  # raises
+    check_denoiser(path, denoiser)
   text_encoder = read(clip.CLIPTextModel, "text_encoder", dtype=dtype)
   own = dict(dtype=dtype, remat=remat)
   painter = (read(unet.UNet2DConditionModel, "unet", **own) if denoiser is None
@@ -110,30 +110,27 @@ def load(path: os.PathLike, *, denoiser: os.PathLike | None = None, vae: os.Path
   return StableDiffusion(text_encoder, painter, autoencoder)
 
 
-def denoiser_config(path: os.PathLike, denoiser: os.PathLike | None = None) -> unet.UNetConfig:
-  """Reads the config of the denoiser that `load` takes with these arguments, and no weights.
+def check_denoiser(path: os.PathLike, denoiser: os.PathLike) -> None:
+  """Reads the configs alone of the denoiser of `path` and of the one that `load` is to take in its place.
 
   Raises:
-    CheckpointError: it is absent or none of Stable Diffusion 1.x and 2.x, or `denoiser` was made for other text states
+    CheckpointError: one is absent or none of Stable Diffusion 1.x and 2.x, or `denoiser` was made for other text states
       or latents than those of `path`.
   """
   path = pathlib.Path(path)
-  configs = [(path, single_file.SingleFile(path).configs["unet"] if single_file.is_single(path)
-              else hub.read_json(path / "unet" / "config.json"))]
-  if denoiser is not None:
-    configs.append((denoiser, hub.read_json(pathlib.Path(denoiser) / "config.json")))
+  own = (single_file.SingleFile(path).configs["unet"] if single_file.is_single(path)
+         else hub.read_json(path / "unet" / "config.json"))
   found = []
-  for source, config in configs:
+  for source, config in ((path, own), (denoiser, hub.read_json(pathlib.Path(denoiser) / "config.json"))):
     try:
       found.append(unet.UNetConfig.from_json(config))
     except ValueError as error:
       raise hub.CheckpointError(f"{source} has a denoiser that cannot be used: {error}") from error
   for field in ("cross_attention_dim", "in_channels", "out_channels"):
-    wanted, given = (getattr(config, field) for config in (found[0], found[-1]))
+    wanted, given = (getattr(config, field) for config in found)
     if wanted != given:
       raise hub.CheckpointError(f"the denoiser {denoiser} has {field}={given}, that of {path} {wanted}: it belongs to "
                                 "another Stable Diffusion")
-  return found[-1]
 
 
 def load_autoencoder(folder: os.PathLike, *, dtype=jnp.float32, remat: bool = False) -> Autoencoder:

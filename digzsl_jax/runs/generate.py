@@ -186,7 +186,7 @@ def validate(settings: Settings, ws: Workspace) -> None:
   """Raises ValueError for a sampler that the checkpoint's schedule does not allow, or a UNet that does not fit."""
   plan(settings, ws)
   if settings.unet:
-    stable_diffusion.denoiser_config(ws.model_paths["sd"], ws.model_paths["unet"])
+    stable_diffusion.check_denoiser(ws.model_paths["sd"], ws.model_paths["unet"])
   if settings.cache_interval > 1:
     last = ws.painter.unet.branches - 1
     check(settings.cache_branch <= last, "config.generate.cache_branch", settings.cache_branch, f"at most {last}")

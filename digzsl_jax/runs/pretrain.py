@@ -112,9 +112,7 @@ def sd_loss(schedule: diffusion.Schedule, drop: float, text: nnx.GraphDef, model
   rows = latents_bhwz.shape[0]
   ids_bl = jnp.where(jax.random.uniform(drop_key, (rows, 1)) < drop, null_l, ids_bl)
   noise = jax.random.normal(noise_key, latents_bhwz.shape)
-  # Stratified times: every batch covers the whole range, which steadies the loss.
-  times_b = (jnp.arange(rows) + jax.random.uniform(time_key, (rows,))) / rows
-  times_b = jnp.minimum((times_b * len(schedule.alphas_cumprod)).astype(jnp.int32), len(schedule.alphas_cumprod) - 1)
+  times_b = diffusion.stratified(time_key, rows, len(schedule.alphas_cumprod))
   noisy = diffusion.add_noise(schedule, latents_bhwz, noise, times_b)
   target = diffusion.training_target(schedule, latents_bhwz, noise, times_b)
   output = model(noisy, times_b, nnx.merge(text, text_params)(ids_bl)[0])
