@@ -170,6 +170,14 @@ def test_encoding_does_not_depend_on_the_batch(tmp_path):
   np.testing.assert_allclose(encoder(images / np.float32(127.5) - 1), whole, atol=1e-6)
 
 
+def test_a_large_batch_is_encoded_in_parts(tmp_path):
+  count, encoder = 2 * cdm.PART * jax.local_device_count(), cdm.Encoder(make_clip(), tmp_path)
+  images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+  for batch in 2 * cdm.PART, 2 * cdm.PART + 1:  # in two parts, and at once
+    rows_nf = cdm.batched(encoder, batch)(images)
+    np.testing.assert_allclose(rows_nf, encoder(images / np.float32(127.5) - 1), atol=1e-6)
+
+
 def test_images_shown_twice_are_encoded_once():
   encoded, known, features, tasks = [], {}, {}, splits.tasks(make_dataset())
 

@@ -106,6 +106,8 @@ def parser() -> argparse.ArgumentParser:
   new.add_argument("--batch", nargs="+", type=cli.at_least(0), default=[0],
                    help="of a chip: classes for tokens, else images; 0 for the size's own")
   new.add_argument("--dtype", choices=layers.DTYPES, default="bfloat16", help="of the models")
+  new.add_argument("--effort", type=float, choices=(-1.0, 0.0, 1.0), default=0.0,
+                   help="of the compiler: 0 is what runs take; -1 ends sooner, with slower programs of about the size")
   new.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/bench/topologies.jsonl"),
                    help="gets a line of JSON for each program")
   return new
@@ -118,7 +120,8 @@ def compile_all(args: argparse.Namespace) -> None:
     ValueError: as `chips` does.
   """
   models = sizes.Models(sizes.SIZES[args.size](), args.dtype, fill=lambda model: model)
-  log, about = logs.Log(None), {"size": args.size, "dtype": args.dtype, "versions": versions()}
+  log = logs.Log(None)
+  about = {"size": args.size, "dtype": args.dtype, "effort": args.effort, "versions": versions()}
   for topology in args.topology:
     devices = chips(topology)
     for stage in args.stages:
@@ -144,6 +147,7 @@ def main(arguments: Sequence[str]) -> None:
   """Runs the command line."""
   args = parser().parse_args(arguments)
   jax.config.update("jax_platforms", "cpu")  # nothing runs, and a search for TPUs would wait for them
+  jax.config.update("jax_exec_time_optimization_effort", args.effort)
   with cli.answer_in_one_line(f"finished lines are kept in {args.out}"):
     compile_all(args)
 

@@ -15,7 +15,7 @@ from digzsl_jax.models import platforms
 from digzsl_jax.models.products import dot
 
 BLOCK = 512  # queries at once
-LONG = 2**20  # queries times keys from which parts are quicker on a CPU (docs/precision.md)
+LONG = 512  # queries and keys, from which on parts are quicker on a CPU (docs/precision.md)
 SUMS = 8  # columns beside the values: one for the sum of the weights, and none that breaks a vector of floats
 LARGE = 2**28  # weights, a GiB in float32, above which an accelerator works in parts too
 FLASH_WIDTH = 128  # of a head, the largest that cuDNN takes on every GPU that has its kernel
@@ -44,14 +44,25 @@ def attention(q_blhd: jax.Array, k_bmhd: jax.Array, v_bmhd: jax.Array,
   Returns:
     `(out_blhd, weights_bhlm)`; under `jit` unused weights cost nothing extra.
   """
-  logits_bhlm = jnp.einsum("blhd,bmhd->bhlm", q_blhd, k_bmhd, preferred_element_type=jnp.float32)
+  q_bhld, v_bhmd = (jnp.moveaxis(x, 2, 1) for x in (q_blhd, v_bmhd))
+  q_bhld, k_bhdm, v_bhmd = _laid_out(q_bhld, k_bmhd.transpose(0, 2, 3, 1), v_bhmd)
+  logits_bhlm = jnp.einsum("bhld,bhdm->bhlm", q_bhld, k_bhdm, preferred_element_type=jnp.float32)
   logits_bhlm *= q_blhd.shape[-1] ** -0.5
   if bias is not None:
     logits_bhlm += bias
   weights_bhlm = softmax(logits_bhlm)
-  out_blhd = jnp.einsum("bhlm,bmhd->blhd", weights_bhlm.astype(v_bmhd.dtype), v_bmhd,
-                        preferred_element_type=jnp.float32)
-  return out_blhd.astype(v_bmhd.dtype), weights_bhlm
+  [out_bhld] = _laid_out(jnp.einsum("bhlm,bhmd->bhld", weights_bhlm.astype(v_bmhd.dtype), v_bhmd,
+                                    preferred_element_type=jnp.float32))
+  return jnp.moveaxis(out_bhld, 1, 2).astype(v_bmhd.dtype), weights_bhlm
+
+
+def _laid_out(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """The same numbers, in memory as their axes say.
+
+  Products of float32 take XLA:CPU twice the time on other orders, which it would make of transposed ones by itself.
+  """
+  is_slow = platforms.platform() == "cpu" and arrays[0].dtype == jnp.float32
+  return jax.lax.optimization_barrier(arrays) if is_slow else arrays
 
 
 def _scan_blocks(block, carry, queries, most: int):
@@ -224,7 +235,7 @@ def choose(platform: str, dtype, shape: tuple[int, int, int, int], keys: int):
     keys: how many there are.
   """
   b, queries, h, d = shape
-  is_long = queries * keys >= LONG
+  is_long = min(queries, keys) >= LONG
   if platform == "cpu":
     return by_heads if is_long else whole
   if platform == "gpu" and is_long and jnp.dtype(dtype).itemsize == 2 and d % 8 == 0 and d <= FLASH_WIDTH:

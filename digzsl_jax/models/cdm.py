@@ -29,7 +29,7 @@ from flax import nnx
 
 from digzsl_jax import resize
 from digzsl_jax.losses import normalise
-from digzsl_jax.models import hub, layers
+from digzsl_jax.models import hub, layers, platforms
 from digzsl_jax.models.clip import CLIPModel
 from digzsl_jax.models.dinov2 import Dinov2Model
 from digzsl_jax.models.siglip import SiglipVisionModel
@@ -37,6 +37,7 @@ from digzsl_jax.models.vit import ViT
 
 KINDS = ("residual", "mlp")
 AHEAD = 2  # batches that are read while one is encoded
+PART = 8  # images at a time on a CPU, whose cache holds what lies between layers then
 AXIS = "image"  # over which a batch is divided among devices
 CLIP = "clip"  # name of the run's own CLIP where an encoder is asked for; anything else is a folder
 GUIDES = ("cdm", CLIP)  # of class tokens: the trained model, or CLIP as it is
@@ -283,7 +284,13 @@ def streamed(model: nnx.Module, batch: int = 256) -> Callable[[np.ndarray], Iter
 @functools.partial(jax.jit, static_argnums=(0, 1))  # outside of `streamed`, so that a second one compiles nothing
 def encode(graphdef: nnx.GraphDef, devices: jax.sharding.Mesh, params: nnx.State, images_bijc: jax.Array) -> jax.Array:
   """The compiled step of `streamed`: features of uint8 images, divided among `devices`."""
-  one = lambda params, images_bijc: nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
+  def one(params, images_bijc):
+    some = lambda images_bijc: nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
+    if platforms.platform() != "cpu" or len(images_bijc) % PART:
+      return some(images_bijc)
+    parts = images_bijc.reshape(-1, PART, *images_bijc.shape[1:])
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(some, parts))
+
   rows = jax.sharding.PartitionSpec(AXIS)
   return jax.shard_map(one, mesh=devices, in_specs=(jax.sharding.PartitionSpec(), rows), out_specs=rows,
                        check_vma=False)(params, images_bijc)
