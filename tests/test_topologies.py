@@ -1,6 +1,6 @@
 """Programs compiled without weights, here for the CPU's own devices; for TPUs where their compiler is there.
 
-The latter, which takes two cores half an hour and 8 GiB:
+The latter, which takes two cores ten minutes and 8 GiB:
 
   pip install "jax[tpu]" && python -m pytest tests/test_topologies.py -m slow -n 0
 """
