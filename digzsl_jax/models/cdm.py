@@ -288,8 +288,8 @@ def encode(graphdef: nnx.GraphDef, devices: jax.sharding.Mesh, params: nnx.State
     some = lambda images_bijc: nnx.merge(graphdef, params)(images_bijc.astype(jnp.float32) / 127.5 - 1)
     if platforms.platform() != "cpu" or len(images_bijc) % PART:
       return some(images_bijc)
-    rows = jax.lax.map(some, images_bijc.reshape(-1, PART, *images_bijc.shape[1:]))
-    return rows.reshape(-1, *rows.shape[2:])
+    parts = jax.lax.map(some, images_bijc.reshape(-1, PART, *images_bijc.shape[1:]))
+    return parts.reshape(-1, *parts.shape[2:])
 
   rows = jax.sharding.PartitionSpec(AXIS)
   return jax.shard_map(one, mesh=devices, in_specs=(jax.sharding.PartitionSpec(), rows), out_specs=rows,
