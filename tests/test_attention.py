@@ -43,7 +43,8 @@ def test_parts_take_less_memory_forwards_and_backwards(parts):
   qkv = projections(2048, 2048, b=1)
   gradient = lambda implementation: jax.grad(lambda qkv: implementation(*qkv).sum())
   held = lambda function: jax.jit(function).lower(qkv).compile().memory_analysis().temp_size_in_bytes
-  both = 2 * 4 * 3 * 2048 * 2048  # bytes of all logits and their powers, which XLA:CPU fuses away in the whole, forwards
+  # Bytes of all logits and their powers, which XLA:CPU fuses away in the whole, forwards.
+  both = 2 * 4 * 3 * 2048 * 2048
   assert held(lambda qkv: parts(*qkv)) < both / 2
   small, large = (held(gradient(one)) for one in (parts, attention.whole))
   assert small < large / 2, (small, large)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digzsl_jax.models import layers
+from digzsl_jax.models import layers, products
 
 DIMENSIONS = jax.lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), ("NHWC", "HWIO", "NHWC"))
 
@@ -41,3 +41,15 @@ def test_gradient_in_a_loop_keeps_the_kernel_in_the_fast_layout():
   ours, theirs = compiled(layers.convolve), compiled(jax.lax.conv_general_dilated)
   assert ours.count(" convolution(") == 2 and "01io" in ours and "01oi" not in ours
   assert "01oi" in theirs, "JAX's own gradient has become fast: layers.convolve may go"
+
+
+@pytest.mark.parametrize("rows, is_turned", [(products.ROWS, True), (products.ROWS - 1, False)])
+def test_gradient_by_a_kernel_of_few_outputs(rows, is_turned):
+  rng = np.random.default_rng(0)
+  x_nx, kernel_xy = rng.normal(size=(rows, 12)).astype(np.float32), rng.normal(size=(12, 4)).astype(np.float32)
+  gradients = jax.jit(jax.grad(lambda x_nx, kernel_xy: jnp.sin(products.product(x_nx, kernel_xy)).sum(), (0, 1)))
+  grad_ny = np.cos(x_nx.astype(np.float64) @ kernel_xy)
+  for ours, wanted in zip(gradients(x_nx, kernel_xy), (grad_ny @ kernel_xy.T, x_nx.T @ grad_ny)):
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+  compiled = gradients.lower(x_nx, kernel_xy).compile().as_text()
+  assert any(dot in compiled for dot in ("f32[4,12]{1,0} dot(", "f32[12,4]{0,1} dot(")) == is_turned

@@ -36,7 +36,14 @@ class Classifier(nnx.Module):
     used = features_nf[:, slice(*self.columns)]
     self.mean[...], self.std[...] = used.mean(0), jnp.maximum(used.std(0), 1e-6)
 
+  def standardised(self, features_bf: jax.Array) -> jax.Array:
+    """The used columns, as `logits` takes them."""
+    return (features_bf[..., slice(*self.columns)] - self.mean[...]) / self.std[...]
+
+  def logits(self, x_bf: jax.Array) -> jax.Array:
+    """`[b, k]`, of standardised columns."""
+    return self.fc2(x_bf if self.fc1 is None else jax.nn.relu(self.fc1(x_bf)))
+
   def __call__(self, features_bf: jax.Array) -> jax.Array:
     """`[b, k]` logits."""
-    x = (features_bf[:, slice(*self.columns)] - self.mean[...]) / self.std[...]
-    return self.fc2(x if self.fc1 is None else jax.nn.relu(self.fc1(x)))
+    return self.logits(self.standardised(features_bf))
