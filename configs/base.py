@@ -64,7 +64,7 @@ def dig_zsl() -> config_dict.ConfigDict:
           gradient="x0", sampler="ddim", steps=3, grad_calls=0, x0_timestep=600, guidance=4.0,
           stop_unconditional=True, images=3, learning_rate=0.015, weight_decay=0.0, clip_norm=1.0, temperature=0.05,
           noise_period=1, stop_accuracy=1.0, patience=30, max_updates=30,
-          slots=12, slots_per_body=6, check_every=10, remat=False),
+          slots=12, slots_per_body=6, grad_images=0, check_every=10, remat=False),
       generate=dict(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=32, unet="",
                     guidance_until=1.0, cache_interval=1, cache_branch=0),  # these four: docs/generation_speed.md
       classifier=dict(features="all", hidden=0, images=24, steps=300, learning_rate=0.01, weight_decay=1e-4),

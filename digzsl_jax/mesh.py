@@ -143,3 +143,21 @@ def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Me
 
   sharded.__name__ = function.__name__  # what logs and profiles call it
   return jax.jit(sharded, compiler_options=weights.OPTIONS if weights.AXIS in devices.axis_names else None)
+
+
+def mean_of_parts(function: Callable, rows, groups: int, parts: int):
+  """The mean of `function` over parts of rows, one part after another.
+
+  Args:
+    rows: every leaf leads with an axis of `groups` groups of equally many rows, one group behind the other.
+    parts: into which every group is divided; each has rows of all groups.
+  """
+  if parts == 1:
+    return function(rows)
+
+  def divided(x):
+    size = x.shape[0] // (groups * parts)
+    x_pgs = jnp.moveaxis(x.reshape(groups, parts, size, *x.shape[1:]), 1, 0)
+    return x_pgs.reshape(parts, groups * size, *x.shape[1:])
+
+  return jax.tree.map(lambda x: x.mean(0), jax.lax.map(function, jax.tree.map(divided, rows)))

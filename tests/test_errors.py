@@ -31,6 +31,7 @@ def token_settings(**changes):
     ({"stepps": 3}, r"config.tokens: unknown fields \['stepps'\]"),
     ({"gradient": "first"}, "config.tokens.gradient is 'first'; it must be 'last' or 'x0'"),
     ({"gradient": "x0", "grad_calls": 2}, "grad_calls is 2"),
+    ({"images": 3, "grad_images": 2}, "grad_images is 2; it must be 0 or a divisor of images"),
     ({"gradient": "x0", "sampler": "pndm"}, "config.tokens.sampler is 'pndm'; it must be 'ddim' for the gradient path"),
     ({"template": "a photo of {name}"}, 'config.tokens.template "a photo of {name}" must contain'),
 ])

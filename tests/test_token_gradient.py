@@ -82,11 +82,11 @@ class ToyCDM(nnx.Module):
 
 
 @functools.cache
-def learn(path: str, stop_unconditional: bool, real: bool = False):
+def learn(path: str, stop_unconditional: bool, real: bool = False, grad_images: int = 0):
   """The gradient at slot 0's token, `[d]`, and the losses there and a step aside along every axis, `[s]`."""
   settings = parse(class_tokens.Settings, quickstart.get_config().tokens.to_dict() | PATHS[path] | dict(
     stop_unconditional=stop_unconditional, images=2, clip_norm=1e9, temperature=0.3, guidance=3.0, slots=SLOTS,
-    slots_per_body=SLOTS), "tokens")
+    slots_per_body=SLOTS, grad_images=grad_images), "tokens")
   rng = np.random.default_rng(1)
   classes = class_tokens.Classes(
     label_k=jnp.array([5, 3, 4]), allowed_k=jnp.array([True] * 3),
@@ -124,3 +124,9 @@ def test_the_unconditional_half_carries_gradient_from_the_second_call_on():
   print(stopped)
   assert stopped["one call"] < 1e-6
   assert stopped["two calls"] > 0.05
+
+
+@pytest.mark.parametrize("path, real", [("x0", False), ("two calls", False), ("all calls", True)])
+def test_images_one_by_one_have_the_same_gradient(path, real):
+  for whole, parts in zip(learn(path, False, real), learn(path, False, real, grad_images=1)):
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-5 * np.abs(whole).max())

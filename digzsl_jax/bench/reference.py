@@ -190,14 +190,23 @@ def trained(parameters, objective: Callable[[int], torch.Tensor], facts: dict) -
 
 
 def head(given: Given) -> Call:
+  """Rows come from a `DataLoader`, as loops are mostly written; batched, they are taken from tensors on the device."""
   features_nf, labels_n, prototypes_kp, rows_sb = (
-      torch.from_numpy(given.arrays[name]).to(DEVICE) for name in ("features", "labels", "prototypes", "rows"))
-  labels_n, rows_sb = labels_n.long(), rows_sb.long()
+      torch.from_numpy(given.arrays[name]) for name in ("features", "labels", "prototypes", "rows"))
+  known, prototypes_kp = torch.utils.data.TensorDataset(features_nf, labels_n.long()), prototypes_kp.to(DEVICE)
+  if given.facts["batched"]:
+    tensors, rows_sb = [tensor.to(DEVICE) for tensor in known.tensors], rows_sb.long().to(DEVICE)
+    batches = lambda: ([tensor[rows_b] for tensor in tensors] for rows_b in rows_sb)
+  else:
+    loader = torch.utils.data.DataLoader(known, batch_sampler=rows_sb.tolist())
+    batches = lambda: ([tensor.to(DEVICE) for tensor in batch] for batch in loader)
 
   def call():
-    model = Head(given)
-    objective = lambda step: cosine_loss(model(features_nf[rows_sb[step]]), prototypes_kp, labels_n[rows_sb[step]],
-                                         given.facts["temperature"])
+    model, rows = Head(given), batches()
+
+    def objective(_):
+      features_bf, labels_b = next(rows)
+      return cosine_loss(model(features_bf), prototypes_kp, labels_b, given.facts["temperature"])
     return {"losses": torch.stack(trained(model.parameters(), objective, given.facts))}
   return call
 

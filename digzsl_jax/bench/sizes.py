@@ -90,7 +90,7 @@ def _tiny() -> Size:
       schedule=read("sd", "scheduler", "scheduler_config.json"), clip=read("clip", "config.json"),
       tokens=class_tokens.Settings(**TOKENS, gradient="x0", sampler="ddim", steps=3, x0_timestep=600, guidance=4.0,
                                    images=3, learning_rate=0.015, temperature=0.05, noise_period=1, slots=12,
-                                   slots_per_body=6, remat=False),
+                                   slots_per_body=6, grad_images=0, remat=False),
       generate=generate.Settings(images=24, sampler="dpm++", steps=10, guidance=4.0, batch=32),
       cdm=cdm_run.Settings(encoder="clip", kind="residual", hidden=256, temperature=0.05, steps=600, batch=256,
                            learning_rate=1e-3, weight_decay=0.0, cache=""),
@@ -108,7 +108,7 @@ def _full(text: str, denoiser: str, prediction: str) -> Size:
       clip=dict(VARIANTS["clip-vit-b16"].config),
       tokens=class_tokens.Settings(**TOKENS, gradient="last", sampler="ddim", steps=30, x0_timestep=600, guidance=7.0,
                                    images=5, learning_rate=1.25e-3, temperature=1.0, noise_period=0, slots=4,
-                                   slots_per_body=1, remat=True),
+                                   slots_per_body=1, grad_images=0, remat=True),
       generate=generate.Settings(images=100, sampler="ddim", steps=50, guidance=7.5, batch=4),
       cdm=cdm_run.Settings(encoder="clip", kind="mlp", hidden=2048, temperature=0.07, steps=3000, batch=64,
                            learning_rate=1e-3, weight_decay=0.0, cache=""),
@@ -210,10 +210,11 @@ class Place:
     return self.batch or self.size.batch[name]
 
   def tokens(self) -> class_tokens.Settings:
-    """Slots for a device's classes, all of them in one compiled body."""
+    """Slots for a device's classes, all in one compiled body; large pictures are differentiated one by one on a CPU."""
     settings, batch = self.size.tokens, self.batch_of("tokens")
+    one_by_one = settings.remat and self.devices.devices.flat[0].platform == "cpu"
     return dataclasses.replace(settings, slots=batch * self.devices.size, slots_per_body=batch,
-                               steps=self.steps or settings.steps)
+                               grad_images=int(one_by_one), steps=self.steps or settings.steps)
 
   def generate(self) -> generate.Settings:
     settings = self.size.generate

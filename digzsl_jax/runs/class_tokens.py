@@ -16,7 +16,6 @@ h w latent position, z latent channel, l prompt position, d text width.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -46,17 +45,15 @@ class Settings:
   Attributes:
     template: prompt with `{token}` and `{name}`.
     initial: word whose embedding every vector of S* starts from; it stands in the place of S* in plain prompts.
-    initial_file: textual-inversion file that S* starts from instead, "" for none. One token in it is the start of
-      every class; one keyed by class names, such as `learned_embeds.safetensors`, must have every unseen class, and
-      validation classes that it lacks start from the word.
+    initial_file: textual-inversion file that S* starts from instead, "" for none: of one token for every class, or
+      of tokens by class name, as `learned_embeds.safetensors`; validation classes that it lacks start from the word.
     vectors: of S*, at consecutive positions, learnt together.
     guide: "cdm", or "clip" for the ablation without it: the run's own CLIP as it is, and its text prototypes.
     gradient: "last" or "x0".
     sampler: "ddim", "pndm", "dpm++", "euler" or a variant of these without new noise for `last`, "" for the
       checkpoint's own; `x0` walks by DDIM.
     steps: sampler steps for `last`; denoiser calls for `x0`, the last of them at `x0_timestep`.
-    grad_calls: calls that carry gradient in `last`; 0 for what the reference in effect does, 2 with PNDM
-      (whose last two calls it does not switch off) and otherwise 1.
+    grad_calls: calls that carry gradient in `last`; 0 for what the reference in effect does: 2 with PNDM, else 1.
     x0_timestep: noise level of `x0`'s differentiated call.
     guidance: classifier-free guidance scale.
     stop_unconditional: no gradient through the unconditional half. Exact for one differentiated call; with
@@ -72,6 +69,7 @@ class Settings:
     slots: classes learnt at once.
     slots_per_body: slots that one compiled body works on, one body after another on each device. Fixed rows
       make tokens equal on every mesh.
+    grad_images: images of a class that are differentiated at once, 0 for all: fewer take less memory.
     check_every: updates between looks at the losses, refills and saved states.
     remat: recompute the denoiser's and decoder's activations on the way back, to save memory.
   """
@@ -99,6 +97,7 @@ class Settings:
   max_updates: int
   slots: int
   slots_per_body: int
+  grad_images: int
   check_every: int
   remat: bool
 
@@ -115,9 +114,10 @@ class Settings:
     check(self.grad_calls in (0, 1) or self.gradient == "last", "grad_calls", self.grad_calls,
           "0 or 1 for the gradient path 'x0', which differentiates one call")
     check(self.grad_calls >= 0, "grad_calls", self.grad_calls, "0 (as the reference) or more")
+    check(self.images % (self.grad_images or 1) == 0, "grad_images", self.grad_images, "0 or a divisor of images")
     check(0 <= self.stop_accuracy <= 1, "stop_accuracy", self.stop_accuracy, "between 0 and 1")
-    check(min(self.noise_period, self.patience) >= 0, "noise_period or patience",
-          (self.noise_period, self.patience), "0 or more")
+    check(min(counts := (self.noise_period, self.patience, self.grad_images)) >= 0,
+          "noise_period, patience or grad_images", counts, "0 or more")
 
 
 class Path(NamedTuple):
@@ -251,7 +251,8 @@ class Frozen(NamedTuple):
 
 def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh):
   """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
-  rows, tx = functools.partial(jnp.repeat, repeats=settings.images, axis=0), optimiser(settings)
+  rows, tx = lambda x, images=settings.images: jnp.repeat(x, images, axis=0), optimiser(settings)
+  part = settings.grad_images or settings.images
   # Of divided weights one call for both halves: two would gather them twice.
   walk = dataclasses.replace(settings, stop_unconditional=False) if fsdp.AXIS in devices.axis_names else settings
 
@@ -262,17 +263,18 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
     return path.sampler.run(denoise, path.sampler.start(x_bhwz), 0, path.cut)
 
   def learn(frozen, slots, carry):
-    guide, classes, class_b = nnx.merge(graphdef, frozen.params), frozen.classes, rows(slots.class_c)
+    guide, classes, class_b = nnx.merge(graphdef, frozen.params), frozen.classes, rows(slots.class_c, part)
 
-    def loss(token_snd):
-      denoise = denoiser(settings, guide.sd, classes, class_b, rows(token_snd))
+    def loss(token_snd, carry):
+      denoise = denoiser(settings, guide.sd, classes, class_b, rows(token_snd, part))
       embeds_bd = guide.cdm(guide.sd.decode(path.finish(denoise, carry)))
       loss_b, cosines_bk = losses.cosine_cross_entropy(embeds_bd, classes.prototypes_kd, class_b,
                                                        settings.temperature, classes.allowed_k)
-      loss_s, hit_s = (x.reshape(-1, settings.images).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
+      loss_s, hit_s = (x.reshape(-1, part).mean(1) for x in (loss_b, cosines_bk.argmax(-1) == class_b))
       return loss_s.sum(), (loss_s, hit_s)  # only summed: a token's gradient is that of its class
 
-    grad_snd, (loss_s, hit_s) = jax.grad(loss, has_aux=True)(slots.token_cnd)
+    gradient = lambda carry: jax.grad(loss, has_aux=True)(slots.token_cnd, carry)
+    grad_snd, (loss_s, hit_s) = mesh.mean_of_parts(gradient, carry, len(slots.class_c), settings.images // part)
     return update(settings, tx, slots, grad_snd, loss_s, hit_s), Update(live(slots), loss_s, hit_s)
 
   def no_images(frozen, slots):
@@ -280,8 +282,7 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
     return path.sampler.start(jnp.zeros((rows, *nnx.merge(graphdef, frozen.params).sd.latent_shape)))
 
   def unchanged(frozen, slots, carry):
-    nothing = jnp.zeros_like(slots.best_loss_c)
-    return slots, Update(live(slots), nothing, nothing)
+    return slots, Update(live(slots), *[jnp.zeros_like(slots.best_loss_c)] * 2)
 
   busy = lambda slots, *carry: live(slots).any()
   return tuple(mesh.compile_chunked(function, idle, devices, settings.slots_per_body, busy)
@@ -373,10 +374,9 @@ def learn_task(settings: Settings, ws: Workspace, task: splits.Task, learner: "L
     checkpoint.save_state(state_file, (slots, outcome, np.int32(next_class)))
     bar.update(int(outcome.done_k.sum()) - bar.n)
     if made.made_c.any():
-      loss, accuracy = (leaf_c[made.made_c].mean() for leaf_c in (made.loss_c, made.accuracy_c))
+      loss, accuracy = (float(leaf_c[made.made_c].mean()) for leaf_c in (made.loss_c, made.accuracy_c))
       bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
-      ws.log.metrics(f"tokens ({task.name})", int(np.isfinite(outcome.accuracy_ku).sum()), loss=float(loss),
-                     accuracy=float(accuracy))
+      ws.log.metrics(f"tokens ({task.name})", int(np.isfinite(outcome.accuracy_ku).sum()), loss=loss, accuracy=accuracy)
   bar.close()
   return outcome
 
