@@ -46,7 +46,7 @@ class Settings:
     template: prompt with `{token}` and `{name}`.
     initial: word whose embedding every vector of S* starts from; it stands in the place of S* in plain prompts.
     initial_file: textual-inversion file that S* starts from instead, "" for none: of one token for every class, or
-      of tokens by class name, as `learned_embeds.safetensors`; validation classes that it lacks start from the word.
+      of every unseen class by name, as `learned_embeds.safetensors`; validation classes it lacks start from the word.
     vectors: of S*, at consecutive positions, learnt together.
     guide: "cdm", or "clip" for the ablation without it: the run's own CLIP as it is, and its text prototypes.
     gradient: "last" or "x0".
