@@ -149,6 +149,11 @@ class Stage:
     return fingerprint(self.inputs)
 
   @property
+  def programs(self) -> pathlib.Path:
+    """Where its traced steps lie; hidden, as no result depends on them."""
+    return self.folder / ".programs" / self.fingerprint
+
+  @property
   def done(self) -> bool:
     """Whether the result is there."""
     return (self.folder / "done.json").exists()

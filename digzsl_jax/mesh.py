@@ -6,6 +6,7 @@ a second one, of the neighbours that share them. Rows are sharded over both: eac
 
 import functools
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digzsl_jax import fsdp as weights
+from digzsl_jax import programs
 
 AXIS = "class"
 CPU_DEVICES = 2
@@ -102,7 +104,7 @@ def _gather(mesh: jax.sharding.Mesh) -> Callable:
 
 
 def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Mesh, size: int,
-                    busy: Callable = lambda *rows: True) -> Callable:
+                    busy: Callable = lambda *rows: True, keep: pathlib.Path | None = None) -> Callable:
   """Compiles `function(common, *rows)` for rows sharded over the mesh, with equal results on every mesh.
 
   XLA sums in another order when a compiled body has another number of rows. So every device works
@@ -115,6 +117,7 @@ def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Me
     devices: the mesh.
     size: entries of the first leaf of `rows` that one call of `function` sees.
     busy: `rows -> bool`, whether a chunk has something to do.
+    keep: folder in which a second start finds the traced program, see `programs`.
 
   Returns:
     The compiled function of the same arguments, for any number of entries that is a multiple of `size`
@@ -142,7 +145,9 @@ def compile_chunked(function: Callable, idle: Callable, devices: jax.sharding.Me
                          check_vma=False)(common, *rows)
 
   sharded.__name__ = function.__name__  # what logs and profiles call it
-  return jax.jit(sharded, compiler_options=weights.OPTIONS if weights.AXIS in devices.axis_names else None)
+  options = weights.OPTIONS if weights.AXIS in devices.axis_names else None
+  step = jax.jit(sharded, compiler_options=options)
+  return programs.Kept(step, functools.partial(jax.eval_shape, idle), keep, options) if keep else step
 
 
 def mean_of_parts(function: Callable, rows, groups: int, parts: int):

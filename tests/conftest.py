@@ -107,7 +107,7 @@ def steps_once(monkeypatch):
   from digzsl_jax.runs import class_tokens
   made, compile_steps = {}, class_tokens.compile_steps
 
-  def shared(settings, seed, path, graphdef, devices):
+  def shared(settings, seed, path, graphdef, devices, keep):
     if (key := (settings, seed, devices)) not in made:
       made[key] = compile_steps(settings, seed, path, graphdef, devices)
     return made[key]

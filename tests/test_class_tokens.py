@@ -256,6 +256,7 @@ def first_losses(config, folder, discriminator):
   config.mesh.devices = 1
   config.tokens.update(slots=2, slots_per_body=2)
   ws = workspace.Workspace(config.to_dict(), folder, logs.Log(folder))
+  ws.stage("tokens", (), class_tokens.MODELS)
   settings = base_workspace.parse(class_tokens.Settings, ws.config["tokens"], "tokens")
   learner = class_tokens.Learner(settings, ws, lambda task: discriminator(ws))
   task = ws.tasks["test"]

@@ -83,6 +83,8 @@ def made(config, folder, parts):
   config.mesh.fsdp = parts
   config.generate.update(batch=2)
   ws = workspace.Workspace(config.to_dict(), folder, logs.Log(folder))
+  ws.stage("tokens", (), class_tokens.MODELS)
+  ws.stage("generate", ("tokens",), generate.MODELS)
   task, settings = ws.tasks["test"], class_tokens.Settings(**ws.config["tokens"])
   settings = dataclasses.replace(settings, slots=16, slots_per_body=1)
   learner = class_tokens.Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))

@@ -76,6 +76,11 @@ def products(folder):
   return found, results
 
 
+def times_of_programs(folder):
+  """When each traced step was written."""
+  return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*.jax")}
+
+
 def await_path(path, within=120):
   end = time.monotonic() + within
   while not path.exists():
@@ -97,9 +102,13 @@ def test_many_processes_make_what_one_makes(tiny_world, tmp_path):
   assert killed == -signal.SIGKILL and status == processes.AGAIN
   assert "most likely another one was killed or cut off). Finished work is kept: start all" in said
   assert not (tmp_path / "cut" / "tokens" / "done.json").exists()
+  traced = times_of_programs(tmp_path / "cut")
+  assert {(path.parts[0], path.name.partition("-")[0]) for path in traced} == {("tokens", "prefix"),
+                                                                               ("tokens", "learn")}
   said = [said for _, said in ends(start(cut, count=2, devices=2), 500)]
   assert "cdm: already there" in said[0] and "evaluate: " in said[0]
   assert not [line for line in said[1].splitlines() if not line.startswith("[Gloo]")]
+  assert traced.items() <= times_of_programs(tmp_path / "cut").items(), "traced again"
   files, results = products(tmp_path / "one")
   assert len([name for name in files if name.endswith(".png")]) == 2 * 2 * 12 * 2
   for name in ("four", "cut"):

@@ -16,7 +16,7 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for folder in (PACKAGE, "config
 # A part of the package (module or folder below it) and the parts that it may import.
 LIBRARY = {"models", "diffusion", "samplers", "data", "gaussians", "losses", "metrics", "multilabel_metrics",
            "segmentation_metrics", "optimisers", "quality", "shortcuts", "consistency"}
-TOOLS = {"processes", "mesh", "fsdp", "checkpoint", "logs", "mask_files", "report_page", "report_parts",
+TOOLS = {"processes", "programs", "mesh", "fsdp", "checkpoint", "logs", "mask_files", "report_page", "report_parts",
          "report_quality", "files", "cli"}
 WORKSPACES = {"base_workspace", "workspace", "multilabel_workspace", "decoder_workspace", "tag_workspace"}
 MAY_IMPORT = {
@@ -66,7 +66,7 @@ MAY_IMPORT = {
     "resize": set(),
     "data": {"data", "files", "resize"},
     **{tool: {"files", "processes"} - {tool} for tool in TOOLS - {"mesh", "fsdp"}},
-    "mesh": {"fsdp"},
+    "mesh": {"fsdp", "programs"},
     "fsdp": set(),
     "report_quality": {"report_page"},
     "report_parts": {"report_page"},

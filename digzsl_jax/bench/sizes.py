@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from digzsl_jax import base_workspace, diffusion
+from digzsl_jax import base_workspace, checkpoint, diffusion
 from digzsl_jax.models import cdm, clip, hub, stable_diffusion, unet, vae
 from digzsl_jax.models.variants import VARIANTS
 from digzsl_jax.runs import cdm as cdm_run
@@ -205,6 +205,12 @@ class Place:
   devices: jax.sharding.Mesh
   batch: int = 0
   steps: int = 0
+
+  @property
+  def programs(self) -> pathlib.Path | None:
+    """Where traced steps of these settings lie: beside compiled code, as there is no run; None without that."""
+    cache = jax.config.jax_compilation_cache_dir
+    return cache and pathlib.Path(cache, "programs", checkpoint.fingerprint([self.size, self.batch, self.steps]))
 
   def batch_of(self, name: str) -> int:
     return self.batch or self.size.batch[name]

@@ -108,7 +108,7 @@ def tokens(place: Place) -> Bench:
   compiled = functools.partial(class_tokens.compile_steps, settings, SEED, path, graphdef, devices)
 
   def start():
-    (prefix, learn), kept = compiled(), {"slots": put()}
+    (prefix, learn), kept = compiled(place.programs), {"slots": put()}
 
     def call():
       slots = kept["slots"]
@@ -118,7 +118,8 @@ def tokens(place: Place) -> Bench:
 
   def lower():
     (prefix, learn), slots = compiled(), put()
-    return [prefix.lower(frozen, slots), learn.lower(frozen, slots, jax.eval_shape(prefix, frozen, slots))]
+    first = prefix.lower(frozen, slots)
+    return [first, learn.lower(frozen, slots, first.out_info)]
 
   def answer(result):
     slots, made = result
@@ -173,7 +174,7 @@ def generated(place: Place) -> Bench:
   compiled = functools.partial(generate.compile_sampler, settings, SEED, sampler, graphdef, devices)
 
   def start():
-    paint = compiled()
+    paint = compiled(place.programs)
     return lambda: paint(frozen, placed)
 
   root = jax.random.fold_in(jax.random.key(SEED), generate.NOISE_STREAM)

@@ -249,7 +249,8 @@ class Frozen(NamedTuple):
   classes: Classes
 
 
-def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh):
+def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.GraphDef, devices: jax.sharding.Mesh,
+                  keep: pathlib.Path | None = None):
   """The two compiled steps, `prefix(frozen, slots) -> carry` and `learn(frozen, slots, carry) -> slots, metrics`."""
   rows, tx = lambda x, images=settings.images: jnp.repeat(x, images, axis=0), optimiser(settings)
   part = settings.grad_images or settings.images
@@ -285,7 +286,7 @@ def compile_steps(settings: Settings, seed: int, path: Path, graphdef: nnx.Graph
     return slots, Update(live(slots), *[jnp.zeros_like(slots.best_loss_c)] * 2)
 
   busy = lambda slots, *carry: live(slots).any()
-  return tuple(mesh.compile_chunked(function, idle, devices, settings.slots_per_body, busy)
+  return tuple(mesh.compile_chunked(function, idle, devices, settings.slots_per_body, busy, keep)
                for function, idle in ((prefix, no_images), (learn, unchanged)))
 
 
@@ -408,8 +409,8 @@ class Learner:
   def __init__(self, settings: Settings, ws: Workspace, discriminator: Callable[[str], cdm.CDM]):
     """`discriminator` gives the CDM of a task's name; it is not asked where the guide is "clip"."""
     self.settings, self.ws, self.discriminator = settings, ws, discriminator
-    path = gradient_path(settings, ws.schedule)
-    self.prefix, self.learn = compile_steps(settings, ws.seed, path, self._graphdef_and_params("test")[0], ws.mesh)
+    path, graphdef = gradient_path(settings, ws.schedule), self._graphdef_and_params("test")[0]
+    self.prefix, self.learn = compile_steps(settings, ws.seed, path, graphdef, ws.mesh, ws.stages["tokens"].programs)
 
   def _graphdef_and_params(self, task: str) -> tuple[nnx.GraphDef, nnx.State]:
     untrained = self.settings.guide == cdm.CLIP
@@ -424,12 +425,11 @@ class Learner:
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
   """The steps for `--dry_run`: lowered for the test task, not run."""
-  learner = Learner(settings, ws, lambda task: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head()))
-  task = ws.tasks["test"]
+  learner, task = Learner(settings, ws, lambda _: cdm.CDM(ws.cdm_encoder, ws.new_cdm_head())), ws.tasks["test"]
   slots = fresh_slots(settings, np.zeros(settings.slots + spare_slots(settings, ws.mesh)), ws.token_starts(task))
   slots, frozen = mesh.place(slots, mesh.by_class(ws.mesh)), learner.frozen(task)
-  carry = jax.eval_shape(learner.prefix, frozen, slots)
-  return {"prefix": learner.prefix.lower(frozen, slots), "learn": learner.learn.lower(frozen, slots, carry)}
+  prefix = learner.prefix.lower(frozen, slots)
+  return {"prefix": prefix, "learn": learner.learn.lower(frozen, slots, prefix.out_info)}
 
 
 def validate(settings: Settings, ws: Workspace) -> None:

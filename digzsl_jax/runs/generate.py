@@ -92,7 +92,7 @@ def plan(settings: Settings, ws: Workspace) -> diffusion.Sampler:
 
 
 def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, graphdef: nnx.GraphDef,
-                    devices: jax.sharding.Mesh):
+                    devices: jax.sharding.Mesh, keep: pathlib.Path | None = None):
   """The compiled `(frozen, rows) -> images` with `frozen = (params, ids of the empty prompt)`."""
   def noise(rows, shape, stream, *call):
     """By address (seed, class, image, call): the same in any batch, on any mesh."""
@@ -115,7 +115,7 @@ def compile_sampler(settings: Settings, seed: int, sampler: diffusion.Sampler, g
   def blank(frozen, rows):
     return jnp.zeros((settings.batch, *nnx.merge(graphdef, frozen[0]).image_shape), jnp.uint8)
 
-  return mesh.compile_chunked(generate, blank, devices, settings.batch)
+  return mesh.compile_chunked(generate, blank, devices, settings.batch, keep=keep)
 
 
 def task_prompts(ws: Workspace, task: splits.Task, folder: pathlib.Path) -> dict[str, list]:
@@ -170,7 +170,8 @@ def prepare(settings: Settings, ws: Workspace):
   """The compiled sampler and what it reads."""
   graphdef, params = nnx.split(ws.painter)
   frozen = mesh.place_models((params, jnp.asarray(ws.sd_tokenizer([""])[0])), ws.mesh)
-  return compile_sampler(settings, ws.seed, plan(settings, ws), graphdef, ws.mesh), frozen
+  keep = ws.stages["generate"].programs
+  return compile_sampler(settings, ws.seed, plan(settings, ws), graphdef, ws.mesh, keep), frozen
 
 
 def lower(settings: Settings, ws: Workspace) -> dict[str, jax.stages.Lowered]:
